@@ -1,0 +1,1 @@
+"""Transfer evaluation: features, protocols, the matrix of cells, statistics."""

@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, decoders, inits and checkpoints."""

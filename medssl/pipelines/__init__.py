@@ -1,0 +1,1 @@
+"""The pipelines: one Config and one run() each."""

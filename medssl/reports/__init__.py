@@ -1,0 +1,1 @@
+"""Reports, from result tables only: no torch."""

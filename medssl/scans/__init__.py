@@ -1,0 +1,1 @@
+"""Scans: the only place that sees files, headers and identities."""

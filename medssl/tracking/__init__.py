@@ -1,0 +1,1 @@
+"""Tracking: a journal on disk first, then MLflow."""

@@ -1,0 +1,1 @@
+"""Training: the one loop, its state and its optimisation."""

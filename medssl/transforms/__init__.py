@@ -1,0 +1,1 @@
+"""Transforms: preprocessing (stored), sampling (read), augmentation (on the device)."""
