@@ -14,7 +14,9 @@ from medssl.errors import MachineError
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def atomic_write(path: Path, content: bytes | str | Callable[[Path], object], mode: int = 0o644) -> None:
+def atomic_write(
+    path: Path, content: bytes | str | Callable[[Path], object], mode: int = 0o644
+) -> None:
     """Write a file by way of a temporary one in the same folder, fsync, and rename.
 
     Args:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
@@ -25,7 +25,9 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """Base of every configuration: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+    )
 
     def digest(self) -> str:
         """Return the sha256 of the resolved configuration, independent of the order of keys."""
@@ -48,9 +50,11 @@ class Members(Protocol):
 
     kind: str
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Return the names of all members."""
 
-    def config_class(self, name: str) -> type[Any]: ...
+    def config_class(self, name: str) -> type[Any]:
+        """Return the class that a member's config is validated against."""
 
 
 def component(members: Members) -> Any:
@@ -123,7 +127,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise ConfigError(
                 f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice. Remove one."
@@ -132,9 +136,7 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
     return dict(loader.construct_mapping(node, deep=True))
 
 
-_UniqueKeyLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping
-)
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -235,11 +237,10 @@ def _class_at(cls: type[Any], location: Sequence[Any]) -> type[Any] | None:
 def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) is not None or isinstance(annotation, type(Union[int, str])):
-        for argument in get_args(annotation):
-            found = _model_in(argument)
-            if found is not None:
-                return found
+    for argument in get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
     return None
 
 

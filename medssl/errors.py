@@ -65,7 +65,7 @@ class DivergedError(MedsslError):
     exit_code = 5
 
 
-class Terminated(BaseException):  # noqa: N818  (a signal, like KeyboardInterrupt)
+class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that every `finally` runs."""
 
     exit_code = 143

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -53,13 +53,13 @@ class Registry(Generic[T]):
         """
         module = self._module(name)
         base = getattr(importlib.import_module(f"{self._package}.base"), self._base)
-        found = [
-            member
-            for member_name, member in inspect.getmembers(module, inspect.isclass)
-            if issubclass(member, base)
-            and member is not base
-            and member.__module__ == module.__name__
-            and not member_name.startswith("_")
+        found: list[type[Any]] = [
+            candidate
+            for candidate_name, candidate in inspect.getmembers(module, inspect.isclass)
+            if issubclass(candidate, base)
+            and candidate is not base
+            and candidate.__module__ == module.__name__
+            and not candidate_name.startswith("_")
         ]
         if len(found) != 1:
             raise ConfigError(
@@ -80,7 +80,8 @@ class Registry(Generic[T]):
 
     def build(self, config: Any, *args: Any, **kwargs: Any) -> T:
         """Return an instance of the member that ``config.name`` names."""
-        return self.load(config.name)(config, *args, **kwargs)
+        member: Callable[..., T] = self.load(config.name)
+        return member(config, *args, **kwargs)
 
     def nearest(self, name: str) -> str | None:
         """Return the member whose name is nearest to a misspelt one, if any is near."""

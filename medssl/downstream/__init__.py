@@ -9,4 +9,6 @@ from medssl.registry import Registry
 if TYPE_CHECKING:
     from medssl.downstream.base import DownstreamTask
 
-DOWNSTREAM_TASKS: Registry[DownstreamTask] = Registry("downstream task", "medssl.downstream", "DownstreamTask")
+DOWNSTREAM_TASKS: Registry[DownstreamTask] = Registry(
+    "downstream task", "medssl.downstream", "DownstreamTask"
+)
