@@ -1,0 +1,165 @@
+"""What a backbone family declares: ordered stages, input normalisation, ImageNet weights.
+
+Images arrive in [0, 1]. Every backbone normalises them itself, with constants that belong to the
+architecture and not to the init, so that all inits of a study see exactly the same input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from medssl.config import ComponentConfig
+from medssl.errors import ConfigError, WeightsError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution level of a backbone.
+
+    Attributes:
+        name: the layer's name, as reports print it.
+        channels: number of feature maps.
+        stride: input voxels per feature voxel, per spatial axis. A stage has
+            ``ceil(size / stride)`` voxels along an axis.
+    """
+
+    name: str
+    channels: int
+    stride: tuple[int, ...]
+
+    def size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial size of this stage's features for an input size."""
+        return tuple(-(-n // s) for n, s in zip(input_size, self.stride, strict=True))
+
+
+@dataclass(frozen=True)
+class ImagenetWeights:
+    """A published ImageNet weight file, by name and hash.
+
+    Attributes:
+        file_name: as its publisher names it.
+        sha256: the hash, or its first digits (at least 8), of the file's content.
+        url: where it can be downloaded, if anywhere.
+        package: import name of a pip package that holds the file, if any.
+        extra: the extra of medssl that installs ``package``.
+        licence: the licence the weights are given under.
+    """
+
+    file_name: str
+    sha256: str
+    url: str | None = None
+    package: str | None = None
+    extra: str | None = None
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class AdaptedState:
+    """A weight file's tensors, renamed and reshaped for one backbone.
+
+    Attributes:
+        state: tensors by the backbone's own names.
+        head: names, in the file, of the classifier's tensors, which the backbone does not have.
+        adapted: (tensor, how) for every tensor that is not the file's own, bit by bit.
+    """
+
+    state: dict[str, Tensor]
+    head: tuple[str, ...] = ()
+    adapted: tuple[tuple[str, str], ...] = ()
+
+
+class Backbone(nn.Module, ABC):
+    """A network that turns images into features of several resolutions, finest first.
+
+    Every parameter takes part in the last stage: there is no unused layer.
+
+    Args:
+        config: the family's configuration.
+        in_channels: channels of the images, ``C``.
+        spatial_dims: 2 or 3.
+        stages: the stages that `extract` returns, finest first.
+        input_mean: subtracted from the images, one value a channel.
+        input_std: divides the images, one value a channel.
+    """
+
+    imagenet: ClassVar[Mapping[str, ImagenetWeights]] = {}
+
+    def __init__(
+        self,
+        config: ComponentConfig,
+        *,
+        in_channels: int,
+        spatial_dims: int,
+        stages: tuple[Stage, ...],
+        input_mean: tuple[float, ...],
+        input_std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.spatial_dims = spatial_dims
+        self.stages = stages
+        self.input_mean = input_mean
+        self.input_std = input_std
+        shape = (1, in_channels, *([1] * spatial_dims))
+        # Constants of the architecture, not weights: kept out of the state dict.
+        self.register_buffer("_mean", torch.tensor(input_mean).view(shape), persistent=False)
+        self.register_buffer("_std", torch.tensor(input_std).view(shape), persistent=False)
+
+    @abstractmethod
+    def extract(self, x_BC: Tensor) -> list[Tensor]:
+        """Return the features of every stage, for images that are already normalised."""
+
+    @property
+    def imagenet_weights(self) -> ImagenetWeights | None:
+        """The ImageNet weight file of this architecture, or None where there is none."""
+        return None
+
+    def adapt_imagenet(self, file_state: Mapping[str, Tensor]) -> AdaptedState:
+        """Rename and reshape the tensors of `imagenet_weights` for this backbone.
+
+        Raises:
+            WeightsError: the file holds other tensors than the published ones.
+        """
+        raise WeightsError(f"{self.describe()} has no ImageNet weights to adapt.")
+
+    @property
+    def embedding_channels(self) -> int:
+        """Length of the vector that `embed` returns for an image."""
+        return self.stages[-1].channels
+
+    def describe(self) -> str:
+        """Return the architecture in a few words, for messages."""
+        settings = self.config.model_dump(mode="json")
+        name = settings.pop("name")
+        return f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})"
+
+    def forward(self, x_BC: Tensor) -> list[Tensor]:
+        """Return the features of every stage, finest first.
+
+        Args:
+            x_BC: images in [0, 1], shape (B, C, X, Y) or (B, C, X, Y, Z), any size.
+        """
+        self._check(x_BC)
+        mean, std = cast(Tensor, self._mean), cast(Tensor, self._std)
+        return self.extract((x_BC - mean) / std)
+
+    def embed(self, x_BC: Tensor) -> Tensor:
+        """Return one vector an image, (B, `embedding_channels`): the last stage's global mean."""
+        return self(x_BC)[-1].flatten(2).mean(dim=2)
+
+    def _check(self, x_BC: Tensor) -> None:
+        wanted = 2 + self.spatial_dims
+        if x_BC.ndim != wanted or x_BC.shape[1] != self.in_channels:
+            axes = ("B", "C", "X", "Y", "Z")[:wanted]
+            raise ConfigError(
+                f"backbone {self.describe()} takes images ({', '.join(axes)}) of "
+                f"{self.in_channels} channel(s), found shape {tuple(x_BC.shape)}. "
+                "Choose a backbone with the spatial_dims and channels of the prepared scans."
+            )

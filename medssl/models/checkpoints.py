@@ -1,0 +1,258 @@
+"""Checkpoints: a backbone's weights (safetensors) and the contract they were made under (JSON).
+
+Nothing is ever unpickled. Who loads weights says what is expected of them, and a mismatch is
+refused with the field, what was found and what was wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor
+
+from medssl.atomic import atomic_write
+from medssl.config import ComponentConfig, Config, validate_config
+from medssl.errors import WeightsError
+from medssl.models.backbones import BACKBONES
+from medssl.models.backbones.base import Backbone
+
+CONTRACT_VERSION = 1
+WEIGHTS_FILE = "backbone.safetensors"
+CONTRACT_FILE = "contract.json"
+RUN_SUBFOLDER = Path("checkpoints") / "backbone"
+RELATIVE_TOLERANCE = 1e-6
+"""Two numbers of a contract are equal when they differ by less than this share."""
+
+
+class Contract(Config):
+    """What must be true of the images a backbone is given, and how its weights came about.
+
+    Attributes:
+        version: version of this format.
+        spacing_mm: voxel spacing of the prepared scans along X, Y, Z; None: each scan's own.
+        orientation: canonical orientation of the prepared scans, for example ``RAS``.
+        axis_order: axes of an image as the backbone takes it: ``CXY`` or ``CXYZ``.
+        intensity: the rule that brought intensities to [0, 1].
+        in_channels: channels of an image.
+        spatial_dims: 2 or 3.
+        plane: the plane that 2D slices of 3D scans were cut in, if any.
+        backbone: the backbone's configuration.
+        init: the init's configuration without paths, and the hash of its file.
+        pretext: the pretext task's configuration; None: not pretrained here.
+        permutation_set_hash: of tasks that use a permutation set.
+        index_digest: of the index the scans came from.
+        store_digest: of the prepared scans.
+        patients: keys of the patients whose scans were trained on.
+        seed: the training's seed.
+        steps: optimisation steps taken.
+        package_versions: see `medssl.provenance.package_versions`.
+        git_commit: see `medssl.provenance.git_commit`.
+        weights_sha256: hash of the weight file; filled in by `save_checkpoint`.
+    """
+
+    version: Literal[1] = 1
+    spacing_mm: tuple[float, float, float] | None
+    orientation: str
+    axis_order: Literal["CXY", "CXYZ"]
+    intensity: dict[str, Any]
+    in_channels: int
+    spatial_dims: Literal[2, 3]
+    plane: Literal["sagittal", "coronal", "axial"] | None = None
+    backbone: dict[str, Any]
+    init: dict[str, Any]
+    pretext: dict[str, Any] | None = None
+    permutation_set_hash: str | None = None
+    index_digest: str
+    store_digest: str
+    patients: tuple[str, ...]
+    seed: int
+    steps: int
+    package_versions: dict[str, str]
+    git_commit: str | None = None
+    weights_sha256: str | None = None
+
+
+def save_checkpoint(folder: Path, backbone: Backbone, contract: Contract) -> Contract:
+    """Write ``backbone.safetensors`` and ``contract.json``, each atomically.
+
+    Returns:
+        The contract as written, with the hash of the weights.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(backbone)}
+    content = dump_safetensors(state)
+    written = contract.model_copy(update={"weights_sha256": hashlib.sha256(content).hexdigest()})
+    atomic_write(folder / WEIGHTS_FILE, content)
+    atomic_write(folder / CONTRACT_FILE, written.model_dump_json(indent=2) + "\n")
+    return written
+
+
+def load_contract(path: Path) -> Contract:
+    """Read the contract of a run folder, a checkpoint folder or a weight file.
+
+    Raises:
+        WeightsError: there is no checkpoint at the path, or its contract cannot be read.
+    """
+    file = find_checkpoint(path) / CONTRACT_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["version"]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {path.name!r} cannot be read as a contract. "
+            "Export or train the checkpoint again."
+        ) from None
+    if version != CONTRACT_VERSION:
+        raise WeightsError(
+            f"checkpoint {path.name!r} has a contract of version {version!r}, this medssl reads "
+            f"version {CONTRACT_VERSION}. Use the medssl that wrote it, or a newer one."
+        )
+    try:
+        return Contract.model_validate(content)
+    except ValidationError as error:
+        fields = sorted({".".join(str(part) for part in item["loc"]) for item in error.errors()})
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {path.name!r} is not a contract: see its field(s) "
+            f"{', '.join(fields)}. Export or train the checkpoint again."
+        ) from None
+
+
+def check_contract(contract: Contract, **expected: Any) -> None:
+    """Refuse a contract that differs from what is expected.
+
+    Args:
+        contract: the contract of the weights.
+        expected: fields of `Contract` with the values the caller works under.
+
+    Raises:
+        WeightsError: at least one field differs; the message names each, found and wanted.
+    """
+    found = contract.model_dump(mode="json")
+    unknown = [name for name in expected if name not in found]
+    if unknown:
+        raise WeightsError(f"a contract has no field {unknown[0]!r}: {', '.join(found)}.")
+    problems = [
+        f"{name}: found {_short(found[name])}, wanted {_short(wanted)}"
+        for name, wanted in expected.items()
+        if not _same(found[name], wanted)
+    ]
+    if problems:
+        raise WeightsError(
+            f"the checkpoint was made under another contract. {'; '.join(problems)}. "
+            "Prepare the scans as the checkpoint wants them, or choose another checkpoint."
+        )
+
+
+def read_weights(path: Path, contract: Contract) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, checked against the hash in its contract.
+
+    Raises:
+        WeightsError: the file is missing, cut short, damaged, or not safetensors.
+    """
+    file = find_checkpoint(path) / WEIGHTS_FILE
+    content = file.read_bytes()
+    try:
+        state: dict[str, Tensor] = parse_safetensors(content)
+    except (SafetensorError, ValueError, KeyError):
+        raise WeightsError(
+            f"{WEIGHTS_FILE} of checkpoint {path.name!r} cannot be read: it is cut short, damaged, "
+            "or not a safetensors file. Copy or export it again."
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != contract.weights_sha256:
+        raise WeightsError(
+            f"{WEIGHTS_FILE} of checkpoint {path.name!r} has sha256 {digest[:12]}, its contract "
+            f"says {str(contract.weights_sha256)[:12]}. The two files do not belong together: "
+            "copy both again, or resume the run that writes them."
+        )
+    return state
+
+
+def load_backbone(checkpoint_or_run: Path | str) -> tuple[Backbone, Contract]:
+    """Return a pretrained backbone, in evaluation mode, with the contract it was made under.
+
+    Args:
+        checkpoint_or_run: a run folder, a checkpoint folder or a ``backbone.safetensors`` file.
+
+    Raises:
+        WeightsError: there is no checkpoint, or it does not fit its own contract.
+    """
+    from medssl.models.inits.base import load_strict
+
+    path = Path(checkpoint_or_run)
+    contract = load_contract(path)
+    state = read_weights(path, contract)
+    with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced
+        config = backbone_config(contract)
+        backbone = BACKBONES.build(config, in_channels=contract.in_channels)
+    load_strict(backbone, state, f"checkpoint {path.name!r}")
+    return backbone.eval(), contract
+
+
+def backbone_config(contract: Contract) -> ComponentConfig:
+    """Return the backbone's configuration that a contract holds, validated."""
+    cls: type[ComponentConfig] = BACKBONES.config_class(str(contract.backbone.get("name")))
+    return validate_config(contract.backbone, cls, source=f"backbone in {CONTRACT_FILE}")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that a run folder, folder or weight file stands for.
+
+    Raises:
+        WeightsError: nothing there, a pickled file, or weights without a contract.
+    """
+    if path.is_file() and path.suffix != ".safetensors":
+        raise WeightsError(
+            f"{path.name!r} is not a checkpoint of medssl: give a run folder, a checkpoint folder "
+            f"or a {WEIGHTS_FILE} file. Pickled files (.pt, .pth) are not read: they can run code."
+        )
+    if path.is_file() and path.name != WEIGHTS_FILE:
+        raise WeightsError(
+            f"{path.name!r}: a checkpoint's weight file is called {WEIGHTS_FILE} and lies beside "
+            f"its {CONTRACT_FILE}. Give the folder that holds both."
+        )
+    candidates = [path.parent] if path.is_file() else [path, path / RUN_SUBFOLDER]
+    for folder in candidates:
+        if (folder / WEIGHTS_FILE).is_file():
+            if not (folder / CONTRACT_FILE).is_file():
+                raise WeightsError(
+                    f"{WEIGHTS_FILE} of checkpoint {path.name!r} has no {CONTRACT_FILE} beside it, "
+                    "so nobody can say what images it expects. Copy both files."
+                )
+            return folder
+    raise WeightsError(
+        f"there is no checkpoint at {path.name!r}: looked for {WEIGHTS_FILE} there and under "
+        f"{RUN_SUBFOLDER.as_posix()}. Give a finished run folder or a checkpoint folder."
+    )
+
+
+def _tensors(backbone: Backbone) -> list[tuple[str, Tensor]]:
+    return list(backbone.state_dict().items())
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Compare values of a contract: numbers nearly, tuples as lists, configs as dictionaries."""
+    if isinstance(wanted, Config):
+        wanted = wanted.model_dump(mode="json")
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(_same(found[k], wanted[k]) for k in found)
+    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        return len(found) == len(wanted) and all(map(_same, found, wanted))
+    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(found, wanted, rel_tol=RELATIVE_TOLERANCE)
+    return bool(found == wanted)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Config):
+        value = value.model_dump(mode="json")
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 160 else text[:159] + "…"
