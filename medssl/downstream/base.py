@@ -1,0 +1,111 @@
+"""What a downstream task is: labels, a head, a loss, and the scores of a case.
+
+One file a task. The same task object serves training (it is an objective of the one loop) and
+evaluation (`DownstreamTask.case_scores`). A case is one scan; where a 2D network looks at a 3D
+scan, the case is all slices read of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from medssl.config import ComponentConfig
+from medssl.models.backbones.base import Backbone
+from medssl.scans.index import Index
+from medssl.transforms.sampling import Sample, SampleRequest
+
+
+class DownstreamConfig(ComponentConfig):
+    """Base of the configurations of downstream tasks.
+
+    Attributes:
+        label: what the task is called in tables and figures; the task's name by default.
+    """
+
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class DownstreamBatch:
+    """One labelled batch, on the device: inputs (B, C, X, Y[, Z]) and their target."""
+
+    inputs: Tensor
+    target: Tensor
+
+
+class DownstreamTask(ABC):
+    """Base of every downstream task.
+
+    Args:
+        config: the member's own ``Config``.
+        spatial_dims: 2 or 3.
+        index: the scans; labels are read, and matched to keys, when the task is built.
+
+    Attributes:
+        kind: written to the predictions; tells what ``scores`` holds.
+        metric: the primary metric, a name in `medssl.evaluation.metrics.METRICS`.
+        dense: whether there is one answer a voxel (probed a voxel at a time) or one a scan.
+        classes: names of the answers, in the order of ``scores``.
+        targets: the label of every labelled scan by scan key; NaN where the label is a mask.
+    """
+
+    kind: ClassVar[str]
+    metric: str
+    dense: ClassVar[bool]
+    classes: tuple[str, ...]
+    targets: Mapping[str, float]
+
+    def __init__(self, config: Any, spatial_dims: int, index: Index) -> None:
+        self.config: Any = config
+        self.name: str = config.label or config.name
+        self.spatial_dims = spatial_dims
+
+    @classmethod
+    def masks(cls, config: Any) -> dict[str, Path]:
+        """Return the folders of masks to be prepared with the scans, by the mask's name."""
+        return {}
+
+    def request(self, base: SampleRequest) -> SampleRequest:
+        """Return what the task needs of the sampler, starting from the configured crop."""
+        return base
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """Number of channels of the head's output, background included."""
+
+    @abstractmethod
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        """Return the task's own layers for a backbone."""
+
+    @abstractmethod
+    def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
+        """Return the labelled batch for what the sampler read."""
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
+        """Return the logits: (B, K), or (B, K, X, Y[, Z]) where dense."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
+        """Return the scalar loss."""
+
+    @abstractmethod
+    def metrics(self, output: Tensor, batch: DownstreamBatch) -> dict[str, Tensor]:
+        """Return scalar metrics on the device, without synchronising."""
+
+    @abstractmethod
+    def case_scores(self, logits: Tensor, masks: Tensor | None) -> list[float]:
+        """Return the scores of one scan.
+
+        Args:
+            logits: of all slices of the scan (B, K[, X, Y]) or of the volume (1, K[, X, Y, Z]).
+            masks: the label masks (B, X, Y[, Z]) where the task has any.
+        """

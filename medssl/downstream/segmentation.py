@@ -1,0 +1,107 @@
+"""Segmentation: one class a voxel, from mask files with the scans' names.
+
+Dice is computed a case (one scan, all its slices together) on the prepared grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from monai.losses import DiceCELoss
+from monai.metrics import compute_dice
+from pydantic import Field
+from torch import Tensor, nn
+
+from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
+from medssl.models.backbones.base import Backbone
+from medssl.models.decoders import UNetDecoder
+from medssl.scans.index import Index
+from medssl.scans.labels import match_masks
+from medssl.transforms.sampling import Sample, SampleRequest
+
+
+class Config(DownstreamConfig):
+    """Configuration of a segmentation task.
+
+    Attributes:
+        masks: folder with one mask a scan, of the scan's own file name (or a ``masks.csv``).
+        classes: names of the mask's values 1, 2, …; 0 is background.
+        mask: the name under which the masks are kept in the store.
+        min_foreground: least share of a training crop that is not air.
+    """
+
+    name: Literal["segmentation"] = "segmentation"
+    masks: Path
+    classes: tuple[str, ...] = Field(min_length=1)
+    mask: str = "segmentation"
+    min_foreground: float = Field(default=0.1, ge=0, le=1)
+
+
+class Segmentation(DownstreamTask):
+    """Predict the class of every voxel."""
+
+    kind = "segmentation"
+    dense = True
+    metric = "dice"
+
+    def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
+        super().__init__(config, spatial_dims, index)
+        self.classes = config.classes
+        matched = match_masks(index, config.masks)
+        self.targets: Mapping[str, float] = {key: math.nan for key in sorted(matched)}
+        self._loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+
+    @classmethod
+    def masks(cls, config: Config) -> dict[str, Path]:
+        return {config.mask: config.masks}
+
+    def request(self, base: SampleRequest) -> SampleRequest:
+        return replace(base, mask=self.config.mask, min_foreground=self.config.min_foreground)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.classes) + 1
+
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        return UNetDecoder(backbone, out_channels=self.num_outputs)
+
+    def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
+        if sample.masks is None:
+            raise ValueError("the sampler was not asked for masks")
+        return DownstreamBatch(sample.images, sample.masks)
+
+    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
+        logits: Tensor = head(backbone(batch.inputs), tuple(batch.inputs.shape[2:]))
+        return logits
+
+    def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
+        loss: Tensor = self._loss(output.float(), batch.target[:, None])
+        return loss
+
+    def metrics(self, output: Tensor, batch: DownstreamBatch) -> dict[str, Tensor]:
+        dice = _dice(output.argmax(1), batch.target, self.num_outputs)
+        return {"dice": dice.nanmean()}
+
+    def case_scores(self, logits: Tensor, masks: Tensor | None) -> list[float]:
+        """Return the Dice of each class over the whole case; NaN where the class is absent."""
+        if masks is None:
+            raise ValueError("a segmentation case needs its masks")
+        scores: list[float] = _dice(
+            logits.argmax(1).flatten()[None], masks.flatten()[None], self.num_outputs
+        )[0].tolist()
+        return scores
+
+
+def _dice(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Return Dice of the foreground classes, (B, K - 1), from class maps (B, ...)."""
+    as_masks = [
+        torch.stack([labels == value for value in range(num_classes)], dim=1)
+        for labels in (prediction, target)
+    ]
+    dice: Tensor = compute_dice(as_masks[0], as_masks[1], include_background=False)
+    return dice

@@ -1,0 +1,178 @@
+"""Rotation: tell by which right-angle turn an image was rotated.
+
+Source: Gidaris, Singh, Komodakis, "Unsupervised representation learning by predicting image
+rotations", ICLR 2018; in 3D, Taleb et al., "3D self-supervised methods for medical imaging",
+NeurIPS 2020. Only exact turns (permuted and mirrored axes) are used: interpolation at other angles
+would give the answer away by its blur and corners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations, product
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medssl.errors import ConfigError
+from medssl.models.backbones.base import Backbone
+from medssl.models.heads import PooledHead
+from medssl.pretext.base import Panel, PretextBatch, PretextConfig, PretextTask, middle_slice
+from medssl.transforms.sampling import SampleRequest
+
+_NUM_PANELS = 6
+
+
+class Config(PretextConfig):
+    """Configuration of the rotation task.
+
+    Attributes:
+        turns: ``in_plane``, 4 turns about Z (2D: the only choice); ``axes``, 10 turns about the
+            three axes; ``cube``, all 24 proper rotations. Default: in_plane in 2D, cube in 3D.
+        views: rotations of each image in a batch: ``all``, or a number of different ones drawn at
+            random. Default: all in 2D, 2 in 3D.
+        hidden: units of the head's hidden layer; 0 for a linear head.
+    """
+
+    name: Literal["rotation"] = "rotation"
+    turns: Literal["in_plane", "axes", "cube"] | None = None
+    views: Literal["all"] | int | None = None
+    hidden: int = 0
+
+
+def rotation_matrices(spatial_dims: int, turns: str) -> Tensor:
+    """Return the turns as integer matrices, (R, D, D); the identity comes first.
+
+    Each is a signed permutation of the axes with determinant +1.
+    """
+    if spatial_dims == 2:
+        return torch.tensor([[[1, 0], [0, 1]], [[0, -1], [1, 0]], [[-1, 0], [0, -1]],
+                             [[0, 1], [-1, 0]]])  # fmt: skip
+    cube = []
+    for axes in permutations(range(3)):
+        for signs in product((1, -1), repeat=3):
+            matrix = torch.zeros(3, 3, dtype=torch.long)
+            for row, (axis, sign) in enumerate(zip(axes, signs, strict=True)):
+                matrix[row, axis] = sign
+            if round(float(torch.det(matrix.double()))) == 1:
+                cube.append(matrix)
+    cube.sort(key=lambda matrix: -int(matrix.diagonal().sum()))  # the identity has trace 3
+    if turns == "in_plane":
+        cube = [matrix for matrix in cube if matrix[2, 2] == 1]
+    elif turns == "axes":
+        cube = [matrix for matrix in cube if 1 in matrix.diagonal().tolist()]
+        cube = [matrix for matrix in cube if _fixes_an_axis(matrix)]
+    return torch.stack(cube)
+
+
+def _fixes_an_axis(matrix: Tensor) -> bool:
+    """Tell whether a turn leaves one coordinate axis as it is (turns about X, Y or Z)."""
+    return any(
+        int(matrix[axis, axis]) == 1 and int(matrix[axis].abs().sum()) == 1 for axis in range(3)
+    )
+
+
+def rotate(images: Tensor, matrices: Tensor) -> Tensor:
+    """Rotate each image of a batch by its own matrix, exactly and without synchronising.
+
+    Args:
+        images: (B, C, X, Y[, Z]), all spatial sizes equal.
+        matrices: (B, D, D) signed permutations.
+
+    Returns:
+        A new tensor of the same shape. Voxel ``p`` of the result is voxel ``M^-1 p`` of the
+        image, coordinates counted from the centre.
+    """
+    size = images.shape[2]
+    dims = images.ndim - 2
+    axis = 2 * torch.arange(size, device=images.device) - (size - 1)  # doubled, so it is whole
+    grid = torch.stack(torch.meshgrid(*[axis] * dims, indexing="ij")).reshape(dims, -1)
+    # Integer matmul is not implemented on CUDA; the einsum of small matrices is written out.
+    inverse = matrices.transpose(1, 2).to(grid.dtype)  # orthogonal
+    source = (inverse.unsqueeze(-1) * grid[None, None]).sum(2)
+    source = (source + size - 1).div(2, rounding_mode="floor")
+    strides = size ** torch.arange(dims - 1, -1, -1, device=images.device)
+    index = (source * strides[None, :, None]).sum(1)
+    flat = images.reshape(images.shape[0], images.shape[1], -1)
+    return flat.gather(2, index[:, None].expand_as(flat)).reshape(images.shape)
+
+
+class Rotation(PretextTask):
+    """Predict the turn that was applied."""
+
+    primary_metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, config: Config, spatial_dims: int) -> None:
+        super().__init__(config, spatial_dims)
+        turns = config.turns or ("in_plane" if spatial_dims == 2 else "cube")
+        if spatial_dims == 2 and turns != "in_plane":
+            raise ConfigError(f"pretext.turns: {turns} needs 3D crops; in 2D choose in_plane.")
+        self.turns = turns
+        self.matrices = rotation_matrices(spatial_dims, turns)
+        self.num_classes = len(self.matrices)
+        views = config.views or ("all" if spatial_dims == 2 else 2)
+        self.views = self.num_classes if views == "all" else int(views)
+        if not 1 <= self.views <= self.num_classes:
+            raise ConfigError(
+                f"pretext.views: {self.views} rotations of an image asked for; "
+                f"{turns} has {self.num_classes}. Choose 1 to {self.num_classes}, or all."
+            )
+        self.chance_level = 1 / self.num_classes
+        # RotNet reaches 0.89 on ImageNet; medical crops with context reach more.
+        self.healthy_range = (2 * self.chance_level, 0.99)
+
+    def request(self, base: SampleRequest) -> SampleRequest:
+        """Ask for cubes of isotropic voxels that lie inside the scan.
+
+        A padded border, a side longer than another, or the blur of thick slices would each tell
+        the turn without a look at the anatomy.
+        """
+        if len(set(base.crop_size)) != 1:
+            raise ConfigError(
+                f"sampling.crop_size: rotation needs equal sides, found {list(base.crop_size)}."
+            )
+        return replace(base, isotropic=True, allow_padding=False)
+
+    def make_batch(self, images: Tensor, generator: torch.Generator) -> PretextBatch:
+        num_images = images.shape[0]
+        if self.views == self.num_classes:
+            labels = torch.arange(self.num_classes, device=images.device).repeat(num_images)
+        else:
+            labels = self._balanced_labels(num_images, images.device, generator)
+        repeated = images.repeat_interleave(self.views, dim=0)
+        matrices = self.matrices.to(images.device)[labels]
+        return PretextBatch(inputs=rotate(repeated, matrices), target=labels, task=self.name)
+
+    def _balanced_labels(
+        self, num_images: int, device: torch.device, generator: torch.Generator
+    ) -> Tensor:
+        """Draw labels so that every turn comes up equally often (to within one) in a batch."""
+        count = num_images * self.views
+        rounds = -(-count // self.num_classes)
+        order = torch.rand(rounds, self.num_classes, device=device, generator=generator).argsort(1)
+        return order.reshape(-1)[:count]
+
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        return PooledHead(backbone.stages[-1].channels, self.num_classes, self.config.hidden)
+
+    def loss(self, output: Tensor, batch: PretextBatch) -> Tensor:
+        return functional.cross_entropy(output.float(), batch.target)
+
+    def metrics(self, output: Tensor, batch: PretextBatch) -> dict[str, Tensor]:
+        return {"accuracy": (output.argmax(1) == batch.target).float().mean()}
+
+    def panels(self, batch: PretextBatch, output: Tensor) -> list[list[Panel]]:
+        answers = output.argmax(1).tolist()
+        row = []
+        for item in range(min(_NUM_PANELS, len(answers))):
+            label = int(batch.target[item])
+            row.append(
+                Panel(
+                    image_XY=middle_slice(batch.inputs[item]),
+                    title=f"turn {label}, answer {answers[item]}",
+                )
+            )
+        return [row]
