@@ -1,0 +1,76 @@
+"""Features of frozen backbones: computed once, then probed many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medssl.models.backbones.base import Backbone
+from medssl.transforms.cases import Case
+
+_CHUNK = 32
+"""Slices that go through the backbone at once."""
+
+
+@dataclass(frozen=True)
+class CaseFeatures:
+    """What a frozen backbone makes of one scan.
+
+    Attributes:
+        scan_key: the scan.
+        layers: by stage name; dense: (slices, C, x, y[, z]) float16; else one vector (D,) float32.
+        masks: (slices, X, Y[, Z]) where the task is dense.
+    """
+
+    scan_key: str
+    layers: dict[str, Tensor]
+    masks: Tensor | None
+
+
+def extract_features(
+    backbone: Backbone,
+    cases: Iterable[Case],
+    *,
+    device: torch.device,
+    dense: bool,
+    max_features: int,
+) -> dict[str, CaseFeatures]:
+    """Return the features of every case, on the CPU.
+
+    Args:
+        backbone: on ``device``; used in evaluation mode.
+        cases: scans, or the slices read of them.
+        device: where the backbone is.
+        dense: keep the maps; otherwise pool each stage to at most ``max_features`` numbers
+            (Goyal et al. 2019 pool to about 9,000) and average over the slices.
+        max_features: see ``dense``.
+    """
+    backbone.eval()
+    found: dict[str, CaseFeatures] = {}
+    with torch.inference_mode():
+        for case in cases:
+            parts: dict[str, list[Tensor]] = {stage.name: [] for stage in backbone.stages}
+            for images in case.images.split(_CHUNK):
+                outputs = backbone(images.to(device, non_blocking=True))
+                for stage, output in zip(backbone.stages, outputs, strict=True):
+                    kept = output if dense else _pool(output, max_features)
+                    parts[stage.name].append(kept.half() if dense else kept.float())
+            layers = {name: torch.cat(part).cpu() for name, part in parts.items()}
+            if not dense:
+                layers = {name: layer.mean(0) for name, layer in layers.items()}
+            found[case.scan_key] = CaseFeatures(case.scan_key, layers, case.masks)
+    return found
+
+
+def _pool(maps: Tensor, max_features: int) -> Tensor:
+    """Average maps (B, C, ...) over a grid as fine as ``max_features`` allows; (B, D)."""
+    dims = maps.ndim - 2
+    side = max(1, int((max_features / maps.shape[1]) ** (1 / dims)))
+    grid = [min(side, size) for size in maps.shape[2:]]
+    if dims == 2:
+        return functional.adaptive_avg_pool2d(maps, grid).flatten(1)  # type: ignore[arg-type]
+    return functional.adaptive_avg_pool3d(maps, grid).flatten(1)  # type: ignore[arg-type]

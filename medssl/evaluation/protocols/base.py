@@ -1,0 +1,173 @@
+"""What a protocol is: it turns one cell of the transfer matrix into predictions.
+
+Every init of a study gets the same splits, the same labelled patients, the same head weights, the
+same batches and the same budget. Nothing but the backbone's starting weights differs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from medssl.config import ComponentConfig
+from medssl.downstream.base import DownstreamTask
+from medssl.evaluation.features import CaseFeatures, extract_features
+from medssl.evaluation.metrics import METRICS
+from medssl.models.backbones.base import Backbone
+from medssl.scans.splits import Splits
+from medssl.scans.store import Store
+from medssl.transforms.cases import CaseReader
+from medssl.transforms.sampling import SampleRequest
+
+
+class ProtocolConfig(ComponentConfig):
+    """Base of the configurations of protocols."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One cell of the transfer matrix.
+
+    Attributes:
+        task: label of the downstream task.
+        init: label of the init.
+        protocol: name of the protocol.
+        num_labelled_patients: patients whose labels may be used for training.
+        label_fraction: the same as a share of all training patients.
+        seed: of the subset of labelled patients, the head and the batches.
+    """
+
+    task: str
+    init: str
+    protocol: str
+    num_labelled_patients: int
+    label_fraction: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The cell's name in files and in the journal."""
+        return f"{self.task}-{self.init}-{self.protocol}-n{self.num_labelled_patients}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one cell says of one test scan.
+
+    Attributes:
+        layer: the stage that was probed; empty where the whole network answers.
+        selected: whether validation patients chose this layer.
+        scan_key: the test scan.
+        target: its class; NaN where the label is a mask.
+        scores: class probabilities, or Dice of each foreground class.
+    """
+
+    layer: str
+    selected: bool
+    scan_key: str
+    target: float
+    scores: tuple[float, ...]
+
+
+@dataclass
+class Setting:
+    """What all cells of one init and task have in common.
+
+    Attributes:
+        task: the downstream task with its labels.
+        store: the prepared scans.
+        request: the configured crop; each protocol lets the task amend it.
+        splits: patients of training, validation and test.
+        new_backbone: returns a fresh backbone with the init's weights; the seed matters to the
+            random init alone.
+        seed: the study's.
+        device: where to compute.
+    """
+
+    task: DownstreamTask
+    store: Store
+    request: SampleRequest
+    splits: Splits
+    new_backbone: Callable[[int], Backbone]
+    seed: int
+    device: torch.device
+    _features: dict[int, dict[str, CaseFeatures]] = field(default_factory=dict, repr=False)
+
+    def scans_of(self, patients: Iterable[str]) -> list[str]:
+        """Return the labelled, prepared scans of some patients, sorted."""
+        wanted = set(patients)
+        return [
+            key
+            for key in self.store.scan_keys
+            if key in self.task.targets and self.store.entry(key).patient_key in wanted
+        ]
+
+    def labelled_scans(self, cell: Cell) -> list[str]:
+        """Return the training scans whose labels a cell may use: the same for every init."""
+        patients = self.splits.labelled(
+            num_patients=cell.num_labelled_patients, seed=cell.seed, strata=self.strata()
+        )
+        return self.scans_of(patients)
+
+    def strata(self) -> dict[str, Any]:
+        """Return the class of each labelled patient (of the first scan by key); None for masks."""
+        strata: dict[str, Any] = {}
+        for key in self.scans_of([*self.splits.train, *self.splits.val, *self.splits.test]):
+            target = self.task.targets[key]
+            patient = self.store.entry(key).patient_key
+            strata.setdefault(patient, None if target != target else int(target))
+        return strata
+
+    def cases(self, scan_keys: Sequence[str], max_slices: int | None = None) -> CaseReader:
+        """Return a reader of whole cases, with masks where the task has any."""
+        request = self.task.request(self.request)
+        return CaseReader(self.store, scan_keys, request, max_slices=max_slices)
+
+    def features(self, max_slices: int, max_features: int, backbone_seed: int) -> dict[
+        str, CaseFeatures
+    ]:  # fmt: skip
+        """Return the features of all labelled scans: computed once a backbone, then kept."""
+        if backbone_seed not in self._features:
+            patients = [*self.splits.train, *self.splits.val, *self.splits.test]
+            self._features[backbone_seed] = extract_features(
+                self.new_backbone(backbone_seed).to(self.device),
+                self.cases(self.scans_of(patients), max_slices),
+                device=self.device,
+                dense=self.task.dense,
+                max_features=max_features,
+            )
+        return self._features[backbone_seed]
+
+    def score(self, scan_keys: Sequence[str], scores: Sequence[Sequence[float]]) -> float:
+        """Return the task's primary metric over some scans, larger is better."""
+        metric = METRICS[self.task.metric]
+        value = metric.compute([self.task.targets[key] for key in scan_keys], list(scores))
+        return value if metric.higher_is_better else -value
+
+
+class Protocol(ABC):
+    """Base of every protocol.
+
+    Args:
+        config: the member's own ``Config``.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config: Any = config
+
+    @abstractmethod
+    def run(
+        self,
+        cell: Cell,
+        setting: Setting,
+        log: Callable[[int, dict[str, float]], None],
+    ) -> list[Prediction]:
+        """Return the predictions of one cell for every test scan.
+
+        Test labels are used for scores alone: what is chosen (strength, layer, step) is chosen on
+        validation patients.
+        """
