@@ -1,0 +1,184 @@
+"""The journal: every parameter, metric and artifact of a run folder, on disk first.
+
+``journal.jsonl`` holds one JSON object a line. Each line is written by a single call, so a killed
+process leaves at most one torn line at the end; a reader drops it and the next writer removes it.
+Values that JSON cannot hold are written as the words ``nan``, ``inf`` and ``-inf``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medssl.atomic import disk_errors
+from medssl.errors import MachineError
+
+JOURNAL_NAME = "journal.jsonl"
+LOCK_NAME = ".journal.lock"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """What the journal already holds of one run."""
+
+    open: bool = False
+    last_step: dict[str, int] = field(default_factory=dict)
+    params: set[str] = field(default_factory=set)
+    artifacts: set[str] = field(default_factory=set)
+
+
+class FolderLock:
+    """At most one process writes or delivers a run folder's journal.
+
+    A record lock: it ends with the process however that dies, and forked workers do not hold it.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        path = run_folder / LOCK_NAME
+        with disk_errors(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._handle)
+            raise MachineError(
+                f"run folder {run_folder.name}: another medssl process is using it. "
+                "Wait until it ends, or choose another --out."
+            ) from None
+
+    def release(self) -> None:
+        """Let the next process in; the file itself stays."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class Journal:
+    """The one writer of a run folder's ``journal.jsonl``.
+
+    Opening reads what is there, so that a resumed run never logs a point twice.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / JOURNAL_NAME
+        self.runs: dict[str, RunState] = {}
+        self._writing = threading.Lock()
+        with disk_errors(self.path):
+            run_folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._seq = self._replay()
+
+    def append(self, kind: str, run: str, **content: Any) -> None:
+        """Write one record; it survives the death of the process from here on."""
+        with self._writing:
+            record = {"seq": self._seq, "time": round(time.time(), 3), "run": run, "kind": kind}
+            record |= content
+            line = (json.dumps(encode(record), allow_nan=False) + "\n").encode()
+            with disk_errors(self.path):
+                self._write_whole(line)
+            self._seq += 1
+            self._note(record)
+
+    def close(self) -> None:
+        """Flush to the disk itself and close."""
+        with self._writing:
+            if self._file >= 0:
+                with disk_errors(self.path):
+                    os.fsync(self._file)
+                os.close(self._file)
+                self._file = -1
+
+    def _write_whole(self, line: bytes) -> None:
+        end = os.fstat(self._file).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError:
+            os.ftruncate(self._file, end)  # a part of a line would spoil the next one
+            raise
+
+    def _replay(self) -> int:
+        """Drop a torn end, learn what is logged, and return the next sequence number."""
+        seq, end = 0, 0
+        for record, end in read_journal(self.path):  # noqa: B007  (the last end is needed)
+            seq = int(record["seq"]) + 1
+            self._note(record)
+        if os.fstat(self._file).st_size > end:
+            os.ftruncate(self._file, end)
+        return seq
+
+    def _note(self, record: Record) -> None:
+        state = self.runs.setdefault(record["run"], RunState())
+        match record["kind"]:
+            case "start":
+                state.open = True
+            case "end":
+                state.open = False
+            case "metrics":
+                for key in record["values"]:
+                    state.last_step[key] = max(record["step"], state.last_step.get(key, -1))
+            case "params":
+                state.params |= set(record["values"])
+            case "artifact":
+                state.artifacts.add(record["path"])
+            case _:
+                pass
+
+
+def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """Yield each whole record from a byte offset on, with the offset of the record after it.
+
+    A torn last line is left alone. A damaged line in the middle is passed over.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            record = _parse(line)
+            if record is not None:
+                yield record, offset
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not {"seq", "time", "run", "kind"} <= record.keys():
+        return None
+    return record
+
+
+def encode(value: Any) -> Any:
+    """Return plain JSON content: non-finite numbers as words, everything unknown as text."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, int):
+        return int(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else str(number)
