@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,22 +45,17 @@ def build_backbone(
     return backbone, report
 
 
-class seeded_construction:  # noqa: N801  (reads as a statement: with seeded_construction(...))
-    """Give layers constructed inside the block their weights from a seed and purpose.
+@contextmanager
+def seeded_construction(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Give the layers constructed inside the block their weights from a seed and a purpose.
 
     PyTorch's layers draw from the process's CPU generator; it is seeded for the block alone and
-    restored after. Construct on the CPU, then move.
+    put back after. Construct on the CPU, then move.
     """
-
-    def __init__(self, seed: int, *purpose: str | int) -> None:
-        self._seed = derive_seed(seed, "weights", *purpose)
-        self._before: torch.Tensor | None = None
-
-    def __enter__(self) -> None:
-        self._before = torch.get_rng_state()
-        # Not torch.manual_seed: that would also seed every accelerator of the process.
-        torch.default_generator.manual_seed(self._seed)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            torch.set_rng_state(self._before)
+    before = torch.get_rng_state()
+    # Not torch.manual_seed: that would also seed every accelerator of the process.
+    torch.default_generator.manual_seed(derive_seed(seed, "weights", *purpose))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

@@ -87,7 +87,9 @@ def save_checkpoint(folder: Path, backbone: Backbone, contract: Contract) -> Con
     Returns:
         The contract as written, with the hash of the weights.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(backbone)}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
+    }
     content = dump_safetensors(state)
     written = contract.model_copy(update={"weights_sha256": hashlib.sha256(content).hexdigest()})
     atomic_write(folder / WEIGHTS_FILE, content)
@@ -232,10 +234,6 @@ def find_checkpoint(path: Path) -> Path:
         f"there is no checkpoint at {path.name!r}: looked for {WEIGHTS_FILE} there and under "
         f"{RUN_SUBFOLDER.as_posix()}. Give a finished run folder or a checkpoint folder."
     )
-
-
-def _tensors(backbone: Backbone) -> list[tuple[str, Tensor]]:
-    return list(backbone.state_dict().items())
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -7,7 +7,7 @@ architecture and not to the init, so that all inits of a study see exactly the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -47,6 +47,7 @@ class ImagenetWeights:
         sha256: the hash, or its first digits (at least 8), of the file's content.
         url: where it can be downloaded, if anywhere.
         package: import name of a pip package that holds the file, if any.
+        package_file: the file's path inside that package.
         extra: the extra of medssl that installs ``package``.
         licence: the licence the weights are given under.
     """
@@ -55,6 +56,7 @@ class ImagenetWeights:
     sha256: str
     url: str | None = None
     package: str | None = None
+    package_file: str | None = None
     extra: str | None = None
     licence: str = ""
 
@@ -152,7 +154,8 @@ class Backbone(nn.Module, ABC):
 
     def embed(self, x_BC: Tensor) -> Tensor:
         """Return one vector an image, (B, `embedding_channels`): the last stage's global mean."""
-        return self(x_BC)[-1].flatten(2).mean(dim=2)
+        last: Tensor = self(x_BC)[-1]
+        return last.flatten(2).mean(dim=2)
 
     def _check(self, x_BC: Tensor) -> None:
         wanted = 2 + self.spatial_dims
@@ -163,3 +166,8 @@ class Backbone(nn.Module, ABC):
                 f"{self.in_channels} channel(s), found shape {tuple(x_BC.shape)}. "
                 "Choose a backbone with the spatial_dims and channels of the prepared scans."
             )
+
+
+def missing_names(names: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Return those of ``names`` that are no tensors of ``state``."""
+    return [name for name in names if name not in state]

@@ -68,9 +68,7 @@ class Init(ABC):
             contract must agree with, for example ``{"spacing_mm": (1.0, 1.0, 1.0)}``.
     """
 
-    def __init__(
-        self, config: ComponentConfig, expected: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, config: ComponentConfig, expected: Mapping[str, Any] | None = None) -> None:
         self.config = config
         self.expected = dict(expected or {})
 

@@ -1,0 +1,46 @@
+"""The init that continues from a checkpoint of medssl, under the contract it was made under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from medssl.config import ComponentConfig
+from medssl.models.backbones.base import Backbone
+from medssl.models.checkpoints import check_contract, load_contract, read_weights
+from medssl.models.inits.base import Init, LoadReport, load_strict
+
+
+class Config(ComponentConfig):
+    """Which checkpoint.
+
+    Attributes:
+        path: a run folder, a checkpoint folder, or its ``backbone.safetensors``.
+    """
+
+    name: Literal["checkpoint"] = "checkpoint"
+    path: Path
+
+
+class CheckpointInit(Init):
+    """Every tensor from a checkpoint; the backbone and all expected contract fields must agree."""
+
+    config: Config
+
+    def apply(self, backbone: Backbone) -> LoadReport:
+        path = self.config.path
+        contract = load_contract(path)
+        check_contract(
+            contract,
+            **{
+                **self.expected,
+                "backbone": backbone.config,
+                "in_channels": backbone.in_channels,
+                "spatial_dims": backbone.spatial_dims,
+            },
+        )
+        source = f"checkpoint {path.name!r}"
+        loaded = load_strict(backbone, read_weights(path, contract), source)
+        return LoadReport(
+            source=source, loaded=loaded, percent=100.0, sha256=contract.weights_sha256
+        )
