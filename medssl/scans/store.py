@@ -2,7 +2,8 @@
 
 ``<store>/store.json``         format version and the preprocessing that made the scans
 ``<store>/entries.parquet``    one row a scan; written last, so its presence means "finished"
-``<store>/scans/ab/<address>`` one folder a scan: ``image.b2nd``, ``mask-<name>.b2nd``, ``entry.json``
+``<store>/scans/ab/<address>`` one folder a scan: ``image.b2nd``, ``mask-<name>.b2nd`` and
+                               ``entry.json``
 
 A scan's folder is written under a temporary name and renamed, so it is whole or absent. Nothing in
 a store names a person or a file: scans and patients appear by key.
@@ -16,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,70 +29,17 @@ import pandas as pd
 
 from medssl.atomic import atomic_write, disk_errors
 from medssl.errors import DataError
+from medssl.scans.entry import FORMAT, Entry, content_address
+
+__all__ = ["Entry", "Region", "Store", "content_address"]
 
 Region = tuple[slice, ...]
-
-FORMAT = 1
-"""Version of the folder's layout; a store of another version is prepared anew."""
 
 _CHUNKS = {2: (256, 256), 3: (64, 64, 64)}
 _BLOCKS = {2: (64, 64), 3: (32, 32, 32)}
 """Voxels per axis: one block is decompressed at a time, so a slice in any plane touches few."""
 
 _REDO = "Prepare the store again: only what is damaged or missing is made anew."
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the store knows of one scan.
-
-    Attributes:
-        shape: voxels along each spatial axis, (X, Y) or (X, Y, Z) in RAS order.
-        affine: (4, 4) as rows, voxel index to RAS mm.
-        spacing_mm: one number for each spatial axis.
-        foreground_threshold: a voxel is foreground where the stored image exceeds this.
-        foreground_counts: for each spatial axis, the foreground voxels of each slice across it.
-        masks: names of the masks stored beside the image.
-        files: sizes in bytes and sha256 of the files, for damage to be found.
-    """
-
-    address: str
-    scan_key: str
-    patient_key: str
-    dims: str
-    channels: int
-    shape: tuple[int, ...]
-    affine: tuple[tuple[float, ...], ...]
-    spacing_mm: tuple[float, ...]
-    foreground_threshold: float
-    foreground_counts: tuple[tuple[int, ...], ...] = ()
-    masks: tuple[str, ...] = ()
-    files: Mapping[str, tuple[int, str]] | None = None
-
-    @property
-    def num_voxels(self) -> int:
-        """Voxels of one channel."""
-        return int(np.prod(self.shape))
-
-    @property
-    def foreground_fraction(self) -> float:
-        """Part of the scan's voxels that are foreground."""
-        return sum(self.foreground_counts[0]) / self.num_voxels if self.foreground_counts else 0.0
-
-    def to_json(self) -> str:
-        """Return the entry as JSON text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Entry:
-        """Read what `to_json` wrote."""
-        raw = json.loads(text)
-        for name in ("shape", "spacing_mm", "masks"):
-            raw[name] = tuple(raw[name])
-        for name in ("affine", "foreground_counts"):
-            raw[name] = tuple(tuple(row) for row in raw[name])
-        raw["files"] = {name: (size, digest) for name, (size, digest) in raw["files"].items()}
-        return cls(**raw)
 
 
 class Store:
@@ -142,8 +90,11 @@ class Store:
 
     @cached_property
     def entries(self) -> pd.DataFrame:
-        """One row a scan, sorted by scan key (columns: those of `Entry` that are scalars, and
-        ``shape``, ``affine`` (16 numbers, row by row), ``spacing_mm``, ``masks`` as lists)."""
+        """One row a scan, sorted by scan key.
+
+        Columns: the scalars of `Entry`, ``foreground_fraction``, and as lists ``shape``,
+        ``spacing_mm``, ``masks`` and ``affine`` (16 numbers, row by row).
+        """
         try:
             return pd.read_parquet(self.folder / "entries.parquet")
         except (OSError, ValueError):
@@ -249,7 +200,7 @@ class Store:
                 draft.chmod(0o755)
                 if target.exists():
                     shutil.rmtree(target)
-                os.replace(draft, target)
+                draft.replace(target)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return complete
@@ -278,7 +229,7 @@ class Store:
         table = pd.DataFrame(rows, columns=columns).sort_values("scan_key", ignore_index=True)
         if table["scan_key"].duplicated().any():
             raise DataError("a scan was prepared twice for one store. Prepare it again.")
-        atomic_write(self.folder / "entries.parquet", lambda path: table.to_parquet(path))
+        atomic_write(self.folder / "entries.parquet", table.to_parquet)
         self._forget()
 
     def read(self, scan_key: str, region: Sequence[slice] | None = None) -> npt.NDArray[np.float16]:
@@ -353,18 +304,6 @@ class Store:
         self._loaded.clear()
         for name in ("entries", "digest", "_addresses"):
             self.__dict__.pop(name, None)
-
-
-def content_address(scan_digest: str, preprocessing_digest: str, masks: Mapping[str, str]) -> str:
-    """Return the name under which a prepared scan is stored.
-
-    Args:
-        scan_digest: digest of the scan's voxels and geometry, from the index.
-        preprocessing_digest: digest of the preprocessing config.
-        masks: sha256 of each mask's file, by name.
-    """
-    text = json.dumps([FORMAT, scan_digest, preprocessing_digest, sorted(masks.items())])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _damaged(scan_key: str, what: str) -> DataError:

@@ -1,0 +1,167 @@
+"""What a task asks of the sampler: the size, plane, channels and quality of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from medssl.errors import ConfigError, DataError
+from medssl.scans.store import Entry
+
+Plane = Literal["sagittal", "coronal", "axial"]
+
+AXES = ("X", "Y", "Z")
+ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""The RAS voxel axis that a plane's slices are stacked along."""
+
+ISOTROPY_TOLERANCE = 0.01
+"""Relative difference of voxel spacings up to which a turn by 90 degrees keeps the shape."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What a task needs of each sample.
+
+    Attributes:
+        spatial_dims: 2 for slices, 3 for volumes.
+        crop_size: voxels along each spatial axis, in RAS order.
+        plane: of 2D slices from 3D scans: sagittal is cut across X and has axes (Y, Z), coronal
+            across Y with (X, Z), axial across Z with (X, Y).
+        num_neighbours: slices on each side that come as further channels (2D); at the scan's edge
+            the last slice is repeated.
+        num_sequences: co-registered sequences, one channel each.
+        isotropic: the voxel spacings along the crop's axes must be equal (within 1 %).
+        min_foreground: part of the crop, inside the scan, that must be foreground.
+        allow_padding: pad scans smaller than the crop with zeros; otherwise refuse them.
+        mask: name of the mask to deliver with the image.
+    """
+
+    spatial_dims: int
+    crop_size: tuple[int, ...]
+    plane: Plane | None = None
+    num_neighbours: int = 0
+    num_sequences: int = 1
+    isotropic: bool = False
+    min_foreground: float = 0.0
+    allow_padding: bool = True
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.spatial_dims not in (2, 3):
+            raise ConfigError(f"spatial_dims must be 2 or 3, found {self.spatial_dims}.")
+        if len(self.crop_size) != self.spatial_dims or min(self.crop_size) < 1:
+            raise ConfigError(
+                f"crop_size must hold {self.spatial_dims} positive numbers of voxels, "
+                f"found {list(self.crop_size)}."
+            )
+        if self.plane is not None and self.plane not in ACROSS:
+            raise ConfigError(f"plane must be one of {', '.join(ACROSS)}, found {self.plane!r}.")
+        if self.spatial_dims == 3 and (self.plane is not None or self.num_neighbours):
+            raise ConfigError("plane and num_neighbours are for 2D slices; spatial_dims is 3.")
+        if self.num_neighbours < 0 or self.num_sequences < 1:
+            raise ConfigError("num_neighbours must be 0 or more, and num_sequences 1 or more.")
+        if not 0 <= self.min_foreground <= 1:
+            raise ConfigError(f"min_foreground must lie in [0, 1], found {self.min_foreground}.")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The RAS axis of each spatial dimension; (X, Y) for 2D scans without a plane."""
+        if self.spatial_dims == 3:
+            return AXES
+        return tuple(axis for axis in AXES if axis != AXES[ACROSS[self.plane or "axial"]])
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that answer this request."""
+        return self.num_sequences * (2 * self.num_neighbours + 1)
+
+    def merge(self, other: SampleRequest) -> SampleRequest:
+        """Return the request that serves both tasks, whose backbone sees one kind of sample.
+
+        Raises:
+            ConfigError: dimensions, crop sizes, planes or masks differ.
+        """
+        for name in ("spatial_dims", "crop_size", "plane"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"tasks trained together must agree on {name}: found {ours} and {theirs}."
+                )
+        if self.mask and other.mask and self.mask != other.mask:
+            raise ConfigError(
+                f"tasks trained together may use one mask: found {self.mask!r} and {other.mask!r}."
+            )
+        return replace(
+            self,
+            num_neighbours=max(self.num_neighbours, other.num_neighbours),
+            num_sequences=max(self.num_sequences, other.num_sequences),
+            isotropic=self.isotropic or other.isotropic,
+            min_foreground=max(self.min_foreground, other.min_foreground),
+            allow_padding=self.allow_padding and other.allow_padding,
+            mask=self.mask or other.mask,
+        )
+
+    def check(self, entry: Entry, *, whole: bool = False) -> None:
+        """Refuse a scan that cannot answer this request.
+
+        Args:
+            entry: the scan.
+            whole: the scan is read whole, so its size does not matter.
+
+        Raises:
+            DataError: the message names the scan by key, what was found and wanted, and a remedy.
+        """
+        scan = f"scan {entry.scan_key}"
+        kept = self.kept_axes(entry)
+        if entry.channels != self.num_sequences:
+            raise DataError(
+                f"{scan} has {entry.channels} sequences, the task needs {self.num_sequences}. "
+                "Set num_sequences to what the scans have."
+            )
+        sizes = [entry.shape[axis] for axis in kept]
+        if not (self.allow_padding or whole) and any(
+            found < wanted for found, wanted in zip(sizes, self.crop_size, strict=True)
+        ):
+            raise DataError(
+                f"{scan} has {_times(sizes)} voxels, the task needs {_times(self.crop_size)} "
+                "without padding. Make the crop smaller, or the voxels finer "
+                "(preprocessing.spacing_mm)."
+            )
+        spacing = [entry.spacing_mm[axis] for axis in kept]
+        if self.isotropic and max(spacing) > min(spacing) * (1 + ISOTROPY_TOLERANCE):
+            found = " x ".join(f"{mm:.2f}" for mm in spacing)
+            raise DataError(
+                f"{scan} has voxels of {found} mm, the task needs equal spacings (within 1 %). "
+                "Set preprocessing.spacing_mm to three equal numbers, or turn only within a plane."
+            )
+        if self.mask is not None and self.mask not in entry.masks:
+            raise DataError(
+                f"{scan} has no mask {self.mask!r} in the store (it has: "
+                f"{', '.join(entry.masks) or 'none'}). Prepare the store with that mask folder."
+            )
+
+    def kept_axes(self, entry: Entry) -> tuple[int, ...]:
+        """Return which of a scan's spatial axes the crop keeps.
+
+        Raises:
+            DataError: 3D crops of a 2D scan, or slices of a 3D scan without a plane.
+        """
+        scan_dims = len(entry.shape)
+        if scan_dims < self.spatial_dims:
+            raise DataError(
+                f"scan {entry.scan_key} is 2D, the task needs 3D. "
+                "Use spatial_dims 2, or leave 2D scans out."
+            )
+        if scan_dims == self.spatial_dims:
+            return tuple(range(scan_dims))
+        if self.plane is None:
+            raise DataError(
+                f"scan {entry.scan_key} is 3D and the task takes 2D slices: "
+                "give plane: sagittal, coronal or axial."
+            )
+        return tuple(axis for axis in range(3) if axis != ACROSS[self.plane])
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
