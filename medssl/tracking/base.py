@@ -1,35 +1,37 @@
 """Tracking: the journal on disk first, MLflow from it, and training never waits.
 
-    with Tracker(run_folder, config) as tracker:
-        with tracker.run("study", params={...}):
-            with tracker.run("pretrain/rotation", parent="study") as run:
-                run.log(step, {"train/loss": 0.7})
-                run.artifact(run_folder / "config.yaml")
+with Tracker(run_folder, config) as tracker:
+    with tracker.run("study", params={...}):
+        with tracker.run("pretrain/rotation", parent="study") as run:
+            run.log(step, {"train/loss": 0.7})
+            run.artifact(run_folder / "config.yaml")
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
+import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import Field, field_validator
 
-from medssl.config import Config
-from medssl.errors import Terminated
-from medssl.tracking.journal import FolderLock, Journal
+from medssl.config import Config, validate_config
+from medssl.errors import DataError, Terminated
+from medssl.tracking.journal import JOURNAL_NAME, FolderLock, Journal, encode
+from medssl.tracking.mlflow import Delivery, SyncReport
 
 log = logging.getLogger(__name__)
 
-# How long the end of a run may wait for a server that does not answer, in seconds.
-CLOSE_SECONDS = 4.0
-_METRIC_KEY = re.compile(r"[^\w\-./ :]")
+# How long the end of a run waits for a store that makes no progress, in seconds.
+SERVER_PATIENCE_SECONDS = 4.0
+LOCAL_PATIENCE_SECONDS = 60.0  # a new sqlite file takes seconds to fill with its tables
+MAX_PAUSE_SECONDS = 60.0  # between two attempts at a server that does not answer
 
 
 class TrackingConfig(Config):
@@ -46,31 +48,17 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, uri: str | None) -> str | None:
+        if uri and urlsplit(uri).scheme in ("", "file"):
+            raise ValueError(
+                "MLflow keeps no runs in plain folders any more; give sqlite:///…/mlflow.db "
+                "or the http address of a server"
+            )
         if uri and urlsplit(uri).password:
             raise ValueError(
                 "a password does not belong into a config file; give the URI in the environment "
                 "variable MLFLOW_TRACKING_URI, or the password in MLFLOW_TRACKING_PASSWORD"
             )
         return uri
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """What a delivery to MLflow achieved.
-
-    Attributes:
-        delivered: records delivered by this process.
-        undelivered: records that are in the journal and not yet in MLflow.
-        refused: records that MLflow will not take (they stay in the journal).
-        target: where they went, without credentials; empty when MLflow is switched off.
-        problem: the kind of the last failure; empty when all went well.
-    """
-
-    delivered: int = 0
-    undelivered: int = 0
-    refused: int = 0
-    target: str = ""
-    problem: str = ""
 
 
 class Tracker:
@@ -85,7 +73,22 @@ class Tracker:
     """
 
     def __init__(self, run_folder: Path, config: TrackingConfig | None = None) -> None:
-        raise NotImplementedError
+        self.run_folder = run_folder
+        config = config or TrackingConfig()
+        self._lock = FolderLock(run_folder)
+        try:
+            self._journal = Journal(run_folder)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._open: list[RunHandle] = []
+        self._report: SyncReport | None = None
+        self._courier: _Courier | None = None
+        if config.mlflow:
+            # Built here, so that mlflow is imported before any worker process is forked.
+            delivery = Delivery(run_folder, config.uri, config.experiment)
+            self._courier = _Courier(delivery, config.flush_seconds)
+            self._courier.start()
 
     def run(
         self,
@@ -102,14 +105,39 @@ class Tracker:
         Args:
             name: unique within the run folder, for example ``pretrain/rotation``.
             parent: name of the run it belongs to; started before.
-            params: settings, nested as they like; paths and names of people are not sent on.
+            params: settings, nested as they like; paths and user names are not sent on.
             tags: short labels.
+
+        Raises:
+            ValueError: the parent has not been started.
         """
-        raise NotImplementedError
+        if parent is not None and parent not in self._journal.runs:
+            raise ValueError(f"run {name!r}: its parent {parent!r} has not been started.")
+        return RunHandle(self, name, parent, dict(params or {}), dict(tags or {}))
 
     def close(self) -> SyncReport:
-        """Deliver what is left, waiting at most 5 s for a dead server. Never raises for a server."""
-        raise NotImplementedError
+        """Deliver what is left, waiting at most 5 s for a dead server. Never raises for a server.
+
+        Returns:
+            What was delivered; ``undelivered`` records wait for ``medssl sync``.
+        """
+        if self._report is not None:
+            return self._report
+        for handle in reversed(self._open):  # left without `with`: it did not reach its end
+            self._journal.append("end", handle.name, status="KILLED")
+        self._journal.close()
+        self._report = self._courier.finish() if self._courier else SyncReport()
+        self._lock.release()
+        if self._report.undelivered:
+            log.warning(
+                "%d records are not in MLflow yet (%s). They are safe in %s; deliver them with: "
+                "medssl sync %s",
+                self._report.undelivered,
+                self._report.problem or "no answer",
+                JOURNAL_NAME,
+                self.run_folder,
+            )
+        return self._report
 
     def __enter__(self) -> Self:
         return self
@@ -126,26 +154,67 @@ class Tracker:
 class RunHandle:
     """One run: use it in a `with` statement, which ends it as FINISHED, FAILED or KILLED."""
 
-    name: str
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        parent: str | None,
+        params: dict[str, Any],
+        tags: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self._tracker = tracker
+        self._journal = tracker._journal
+        self._parent = parent
+        self._params = params
+        self._tags = tags
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics at a step; a step not beyond the last one logged of a metric is skipped."""
-        raise NotImplementedError
+        state = self._journal.runs[self.name]
+        new = {
+            key: float(value)
+            for key, value in metrics.items()
+            if step > state.last_step.get(key, -1)
+        }
+        if new:
+            self._journal.append("metrics", self.name, step=int(step), values=new)
 
     def artifact(self, path: Path) -> None:
-        """Log a file or folder that lies inside the run folder, as it is at delivery."""
-        raise NotImplementedError
+        """Log a file or folder that lies inside the run folder, as it is at delivery.
+
+        Raises:
+            ValueError: the path lies outside the run folder or does not exist.
+        """
+        folder = self._tracker.run_folder.resolve()
+        if not path.exists() or not path.resolve().is_relative_to(folder):
+            raise ValueError(f"artifact {path.name}: not a file or folder inside the run folder.")
+        relative = path.resolve().relative_to(folder).as_posix()
+        self._journal.append("artifact", self.name, path=relative)
 
     def tag(self, key: str, value: object) -> None:
         """Set a label; the last value counts."""
-        raise NotImplementedError
+        self._journal.append("tags", self.name, values={key: value})
 
     def last_step(self, metric: str) -> int | None:
         """Return the last step logged of a metric, by this process or an earlier one."""
-        raise NotImplementedError
+        state = self._journal.runs.get(self.name)
+        return state.last_step.get(metric) if state else None
 
     def __enter__(self) -> Self:
-        raise NotImplementedError
+        resumed = self.name in self._journal.runs
+        self._journal.append("start", self.name, parent=self._parent, resumed=resumed)
+        known = dict(self._journal.runs[self.name].params)
+        params = flatten(self._params)
+        # MLflow holds a parameter for ever: one that a resumed run changes becomes a tag.
+        changed = {f"changed.{k}": v for k, v in params.items() if k in known and known[k] != v}
+        new = {k: v for k, v in params.items() if k not in known}
+        if new:
+            self._journal.append("params", self.name, values=new)
+        if self._tags or changed:
+            self._journal.append("tags", self.name, values=self._tags | changed)
+        self._tracker._open.append(self)
+        return self
 
     def __exit__(
         self,
@@ -153,7 +222,14 @@ class RunHandle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        raise NotImplementedError
+        self._tracker._open.remove(self)
+        if kind is None:
+            self._journal.append("end", self.name, status="FINISHED")
+        elif issubclass(kind, KeyboardInterrupt | Terminated | SystemExit | GeneratorExit):
+            self._journal.append("end", self.name, status="KILLED", error=kind.__name__)
+        else:
+            # The kind only: a message of a foreign library may carry a name or a path.
+            self._journal.append("end", self.name, status="FAILED", error=kind.__name__)
 
 
 def sync(run_folder: Path, config: TrackingConfig | None = None) -> SyncReport:
@@ -167,4 +243,66 @@ def sync(run_folder: Path, config: TrackingConfig | None = None) -> SyncReport:
         DataError: there is no journal in the folder.
         MachineError: a process still uses the folder.
     """
-    raise NotImplementedError
+    if not (run_folder / JOURNAL_NAME).is_file():
+        raise DataError(
+            f"run folder {run_folder.name}: there is no {JOURNAL_NAME} in it. "
+            "Give the folder that a study, pretrain or transfer command wrote."
+        )
+    config = config or _config_of(run_folder)
+    lock = FolderLock(run_folder)
+    try:
+        delivery = Delivery(run_folder, config.uri, config.experiment)
+        delivery.deliver(closing=True)
+        return delivery.report()
+    finally:
+        lock.release()
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = encode(value)
+    return flat
+
+
+def _config_of(run_folder: Path) -> TrackingConfig:
+    path = run_folder / "config.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    section = content.get("tracking") if isinstance(content, dict) else None
+    return validate_config(section or {}, TrackingConfig, source=f"{path.name}: tracking")
+
+
+class _Courier(threading.Thread):
+    """Carries the journal to MLflow; a failure lengthens the pause and touches nothing else."""
+
+    def __init__(self, delivery: Delivery, flush_seconds: float) -> None:
+        super().__init__(name="medssl-tracking", daemon=True)
+        self._delivery = delivery
+        self._flush_seconds = flush_seconds
+        self._stop_now = threading.Event()
+
+    def run(self) -> None:
+        """Deliver at intervals until told to stop, then once more."""
+        pause = self._flush_seconds
+        while not self._stop_now.wait(pause):
+            arrived = self._delivery.deliver()
+            pause = self._flush_seconds if arrived else min(2 * pause, MAX_PAUSE_SECONDS)
+        self._delivery.deliver(closing=True)
+
+    def finish(self) -> SyncReport:
+        """Wait for the last delivery as long as it makes progress."""
+        local = self._delivery.is_local
+        patience = LOCAL_PATIENCE_SECONDS if local else SERVER_PATIENCE_SECONDS
+        asked = time.monotonic()
+        self._stop_now.set()
+        while self.is_alive():
+            idle = time.monotonic() - max(asked, self._delivery.last_progress)
+            if idle > patience:
+                self._delivery.abandon()
+                break
+            self.join(timeout=0.05)
+        return self._delivery.report()

@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from medssl.errors import MachineError
 
 JOURNAL_NAME = "journal.jsonl"
 LOCK_NAME = ".journal.lock"
+HEADER = "journal"  # kind of the first record, which names the journal itself
 
 Record = dict[str, Any]
 
@@ -33,8 +35,7 @@ class RunState:
 
     open: bool = False
     last_step: dict[str, int] = field(default_factory=dict)
-    params: set[str] = field(default_factory=set)
-    artifacts: set[str] = field(default_factory=set)
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 class FolderLock:
@@ -46,6 +47,7 @@ class FolderLock:
     def __init__(self, run_folder: Path) -> None:
         path = run_folder / LOCK_NAME
         with disk_errors(path):
+            run_folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,6 +82,8 @@ class Journal:
             run_folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._seq = self._replay()
+        if self._seq == 0:
+            self.append(HEADER, "", id=uuid.uuid4().hex, version=1)
 
     def append(self, kind: str, run: str, **content: Any) -> None:
         """Write one record; it survives the death of the process from here on."""
@@ -122,6 +126,8 @@ class Journal:
         return seq
 
     def _note(self, record: Record) -> None:
+        if record["kind"] == HEADER:
+            return
         state = self.runs.setdefault(record["run"], RunState())
         match record["kind"]:
             case "start":
@@ -132,9 +138,7 @@ class Journal:
                 for key in record["values"]:
                     state.last_step[key] = max(record["step"], state.last_step.get(key, -1))
             case "params":
-                state.params |= set(record["values"])
-            case "artifact":
-                state.artifacts.add(record["path"])
+                state.params |= record["values"]
             case _:
                 pass
 

@@ -1,0 +1,63 @@
+"""What one run's records become in MLflow's own terms: names, lengths and times it accepts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from medssl.tracking.journal import Record
+from medssl.tracking.privacy import public
+
+# MLflow's own limits, in characters.
+MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 250, 6000, 8000
+_NOT_IN_A_KEY = re.compile(r"[^\w\-./ :]")
+
+
+@dataclass
+class Batch:
+    """What waits to be sent to one run.
+
+    Attributes:
+        metrics: (key, value, step, time in ms).
+        params: settings; MLflow holds each for ever.
+        tags: labels; the last value counts.
+    """
+
+    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def add_params(self, record: Record) -> None:
+        """Take a record of settings."""
+        for key, value in record["values"].items():
+            self.params[metric_key(key)] = public(key, value)[:MAX_PARAM_LENGTH]
+
+    def add_tags(self, record: Record) -> None:
+        """Take a record of labels."""
+        for key, value in record["values"].items():
+            self.tags[tag_key(key)] = public(key, value)[:MAX_TAG_LENGTH]
+
+    def add_metrics(self, record: Record) -> None:
+        """Take a record of metrics; a value that is not finite becomes a tag."""
+        at = milliseconds(record["time"])
+        for key, value in record["values"].items():
+            if isinstance(value, str):  # nan, inf, -inf
+                text = f"{value} at step {record['step']}"
+                self.tags.setdefault(tag_key(f"nonfinite.{key}"), text)
+            else:
+                self.metrics.append((metric_key(key), float(value), int(record["step"]), at))
+
+
+def metric_key(key: str) -> str:
+    """Return a key with no character that MLflow refuses."""
+    return _NOT_IN_A_KEY.sub("_", key)[:MAX_KEY_LENGTH]
+
+
+def tag_key(key: str) -> str:
+    """Return a key that is none of MLflow's own, some of which hold people and places."""
+    return metric_key(key.replace("mlflow.", "")) or "_"
+
+
+def milliseconds(seconds: float) -> int:
+    """Return MLflow's unit of time."""
+    return round(seconds * 1000)

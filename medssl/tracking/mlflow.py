@@ -1,0 +1,392 @@
+"""Delivery of a journal to MLflow: in batches, in order, each record once.
+
+Once, although a process may die between MLflow's answer and the cursor being saved: runs are found
+again by a key, and MLflow's database holds one row per metric, step, time and value, so a batch
+that is sent again (with the journal's own times) changes nothing.
+
+What MLflow cannot hold: it stores infinity as 1.8e308 and draws it. Values that are not finite stay
+in the journal, and the run gets the tag ``nonfinite.<metric>`` with the step and the value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from medssl.tracking.batch import Batch, milliseconds
+from medssl.tracking.cursor import Cursor, CursorFile
+from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
+from medssl.tracking.privacy import public
+
+log = logging.getLogger(__name__)
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+KEY_TAG = "medssl.key"
+
+# MLflow's own limits of one batch, and how much is delivered before the cursor is saved.
+MAX_METRICS, MAX_PARAMS_TAGS = 1000, 100
+CHUNK_RECORDS = 5000
+LOCK_SECONDS = 120.0  # until another process has made the tables of a new sqlite file
+# Error codes that a second attempt does not mend.
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+
+# The client must not phone home, nor wait minutes for a dead server (FIELD_NOTES §5).
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_MODEL_CATALOG_URI": "",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal itself is the retry
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a delivery to MLflow achieved.
+
+    Attributes:
+        delivered: records delivered by this process.
+        undelivered: records that are in the journal and not yet in MLflow.
+        refused: records that MLflow will not take (they stay in the journal).
+        target: where they went, without credentials; empty when MLflow is switched off.
+        problem: the kind of the last failure; empty when all went well.
+    """
+
+    delivered: int = 0
+    undelivered: int = 0
+    refused: int = 0
+    target: str = ""
+    problem: str = ""
+
+
+class _Abandoned(Exception):  # noqa: N818  (a signal inside this file)
+    """The owner no longer waits: stop, and write nothing more."""
+
+
+class Delivery:
+    """Delivers one run folder's journal to one MLflow store.
+
+    Args:
+        run_folder: holds ``journal.jsonl`` and, as cursor, ``tracking.json``.
+        uri: tracking URI; default: ``MLFLOW_TRACKING_URI``, else a sqlite file beside the folder.
+        experiment: name of the experiment.
+    """
+
+    def __init__(self, run_folder: Path, uri: str | None, experiment: str) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):  # both announce the tables they create
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._new_client = MlflowClient
+        self._folder = run_folder.resolve()
+        default = f"sqlite:///{self._folder.parent / 'mlflow.db'}"
+        self._uri = uri or os.environ.get(URI_VARIABLE) or default
+        self._experiment = experiment
+        self._client: Any = None
+        self._experiment_id = ""
+        self._cursor_file = CursorFile(self._folder, f"{self._uri}\n{experiment}")
+        self._cursor = self._cursor_file.read()
+        self._journal_id = ""
+        self._one_at_a_time = threading.Lock()
+        self._abandoned = False
+        self._delivered = self._refused = 0
+        self._problem = ""
+        self.last_progress = 0.0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a file on this machine."""
+        return urlsplit(self._uri).scheme == "sqlite"
+
+    def deliver(self, *, closing: bool = False) -> bool:
+        """Deliver what is new; return whether all of it arrived. Never raises for a store.
+
+        Args:
+            closing: no process will go on with the folder: runs left open are marked KILLED.
+        """
+        with self._one_at_a_time:
+            try:
+                self._connect()
+                while self._deliver_chunk():
+                    pass
+                self._deliver_artifacts()
+                if closing:
+                    self._close_abandoned_runs()
+            except _Abandoned:
+                return False
+            # Whatever a store, its driver or the network throws must not reach training.
+            except Exception as error:  # noqa: BLE001
+                self._problem = _kind(error)
+                log.debug("MLflow delivery failed: %s", self._problem)
+                return False
+            self._problem = ""
+            return True
+
+    def abandon(self) -> None:
+        """Stop a delivery that hangs: nothing is written to the cursor from now on."""
+        self._abandoned = True
+
+    def report(self) -> SyncReport:
+        """Return what has been achieved so far."""
+        journal = read_journal(self._folder / JOURNAL_NAME, self._cursor.offset)
+        waiting = sum(1 for record, _ in journal if record["kind"] != HEADER)
+        parts = urlsplit(self._uri)
+        host = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
+        target = self._uri if self.is_local else f"{parts.scheme}://{host or ''}"
+        return SyncReport(
+            delivered=self._delivered,
+            undelivered=waiting + len(self._cursor.artifacts),
+            refused=self._refused,
+            target=target,
+            problem=self._problem,
+        )
+
+    # -------------------------------------------------------------------------- connection
+
+    def _connect(self) -> None:
+        if self._client is not None:
+            return
+        if not self.is_local:
+            client = self._new_client(tracking_uri=self._uri)
+            self._experiment_id = self._find_experiment(client, artifacts=None)
+        else:
+            # Processes that open a fresh sqlite together crash: one makes its tables at a time.
+            database = Path(self._uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
+                client = self._new_client(tracking_uri=self._uri)
+                artifacts = str(database.resolve().parent / "mlartifacts")
+                self._experiment_id = self._find_experiment(client, artifacts)
+        self._advance()
+        self._journal_id = next(
+            (r["id"] for r, _ in read_journal(self._folder / JOURNAL_NAME) if r["kind"] == HEADER),
+            "",
+        )
+        self._forget_deleted_store(client)
+        self._client = client
+
+    def _find_experiment(self, client: Any, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return str(client.create_experiment(self._experiment, artifacts))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(self._experiment)
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _forget_deleted_store(self, client: Any) -> None:
+        """Start again when the runs of the cursor are gone, for example with their database."""
+        from mlflow.exceptions import MlflowException
+
+        first = next(iter(self._cursor.runs.values()), None)
+        if first is None:
+            return
+        try:
+            gone = client.get_run(first).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            gone = True
+        if gone:
+            self._cursor = Cursor()
+
+    # -------------------------------------------------------------------------- the cursor
+
+    def _save_cursor(self) -> None:
+        self._stop_if_abandoned()
+        self._cursor_file.write(self._cursor)
+
+    def _advance(self) -> None:
+        self.last_progress = time.monotonic()
+        self._stop_if_abandoned()
+
+    def _stop_if_abandoned(self) -> None:
+        if self._abandoned:
+            raise _Abandoned
+
+    # -------------------------------------------------------------------------- records
+
+    def _deliver_chunk(self) -> bool:
+        """Deliver up to `CHUNK_RECORDS` records; return whether there were any."""
+        batches: dict[str, Batch] = {}
+        artifacts: list[list[str]] = []
+        journal = read_journal(self._folder / JOURNAL_NAME, self._cursor.offset)
+        chunk = list(itertools.islice(journal, CHUNK_RECORDS))
+        if not chunk:
+            return False
+        for record, _ in chunk:
+            self._take(record, batches, artifacts)
+        for run in list(batches):
+            self._send(run, batches.pop(run))
+        known = self._cursor.artifacts
+        self._cursor.artifacts = known + [item for item in artifacts if item not in known]
+        self._cursor.offset = chunk[-1][1]
+        self._delivered += sum(record["kind"] != HEADER for record, _ in chunk)
+        self._save_cursor()
+        return True
+
+    def _take(self, record: Record, batches: dict[str, Batch], artifacts: list[list[str]]) -> None:
+        run = record["run"]
+        batch = batches.setdefault(run, Batch())
+        match record["kind"]:
+            case "start":
+                self._start(record)
+            case "params":
+                batch.add_params(record)
+            case "tags":
+                batch.add_tags(record)
+            case "metrics":
+                batch.add_metrics(record)
+            case "artifact":
+                artifacts.append([run, record["path"]])
+            case "end":
+                if "error" in record:
+                    batch.tags["error"] = str(record["error"])
+                self._send(run, batches.pop(run))
+                self._end(run, record["status"], record["time"])
+            case _:
+                batches.pop(run)  # the header, or a kind of a later version
+
+    def _start(self, record: Record) -> None:
+        name = record["run"]
+        known = self._cursor.runs
+        if name not in known:
+            known[name] = self._find_or_create(record)
+            self._save_cursor()
+        elif record.get("resumed"):
+            self._client.update_run(known[name], status="RUNNING")
+        self._advance()
+
+    def _find_or_create(self, record: Record) -> str:
+        key = hashlib.sha256(f"{self._journal_id}\n{record['run']}".encode()).hexdigest()[:32]
+        found = self._client.search_runs(
+            [self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1
+        )
+        if found:
+            return str(found[0].info.run_id)
+        tags = {KEY_TAG: key}
+        parent = self._cursor.runs.get(record.get("parent") or "")
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        run = self._client.create_run(
+            self._experiment_id,
+            start_time=milliseconds(record["time"]),
+            tags=tags,
+            run_name=public("name", record["run"]),
+        )
+        return str(run.info.run_id)
+
+    def _end(self, run: str, status: str, seconds: float) -> None:
+        self._client.set_terminated(
+            self._cursor.runs[run], status=status, end_time=milliseconds(seconds)
+        )
+        self._advance()
+
+    def _send(self, run: str, batch: Batch) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        run_id = self._cursor.runs.get(run)
+        metrics = [Metric(k, value, at, step) for k, value, step, at in batch.metrics]
+        params = [Param(k, value) for k, value in batch.params.items()]
+        tags = [RunTag(k, value) for k, value in batch.tags.items()]
+        for part in _parts(metrics, MAX_METRICS):
+            self._log_batch(run_id, metrics=part)
+        for part in _parts(params, MAX_PARAMS_TAGS):
+            self._log_batch(run_id, params=part)
+        for part in _parts(tags, MAX_PARAMS_TAGS):
+            self._log_batch(run_id, tags=part)
+
+    def _log_batch(self, run_id: str | None, **items: list[Any]) -> None:
+        """Send one batch; a refused one is sent item by item, to lose only the culprit."""
+        from mlflow.exceptions import MlflowException
+
+        self._stop_if_abandoned()
+        try:
+            self._client.log_batch(run_id, **items)
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS:
+                raise
+            ((kind, entries),) = items.items()
+            if len(entries) == 1:
+                self._refused += 1
+                log.warning("MLflow refused %r (%s).", entries[0].key, error.error_code)
+            else:
+                for entry in entries:
+                    self._log_batch(run_id, **{kind: [entry]})
+        self._advance()
+
+    # -------------------------------------------------------------------------- artifacts, ends
+
+    def _deliver_artifacts(self) -> None:
+        """Copy the artifacts that wait; one that fails stays, and holds up nothing else."""
+        waiting: list[list[str]] = list(self._cursor.artifacts)
+        failure: Exception | None = None
+        for item in waiting:
+            run, relative = item
+            self._stop_if_abandoned()
+            try:
+                self._copy_artifact(self._cursor.runs.get(run), relative)
+            except Exception as error:  # noqa: BLE001  (any store, any driver)
+                failure = error
+            else:
+                self._cursor.artifacts.remove(item)
+                self._save_cursor()
+                self._advance()
+        if failure is not None:
+            raise failure
+
+    def _copy_artifact(self, run_id: str | None, relative: str) -> None:
+        path = self._folder / relative
+        if path.is_dir():
+            self._client.log_artifacts(run_id, str(path), relative)
+        elif path.is_file():
+            parent = Path(relative).parent.as_posix()
+            self._client.log_artifact(run_id, str(path), None if parent == "." else parent)
+        else:
+            self._refused += 1
+            log.warning("Artifact %s is no longer in the run folder.", relative)
+
+    def _close_abandoned_runs(self) -> None:
+        """Mark as KILLED the runs whose process died without a word."""
+        last: dict[str, Record] = {}
+        still_open: set[str] = set()
+        for record, _ in read_journal(self._folder / JOURNAL_NAME):
+            last[record["run"]] = record
+            if record["kind"] == "start":
+                still_open.add(record["run"])
+            elif record["kind"] == "end":
+                still_open.discard(record["run"])
+        for run in sorted(still_open):
+            self._end(run, "KILLED", last[run]["time"])
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _kind(error: Exception) -> str:
+    """Return the kind of a failure; its message may hold an address with a password."""
+    code = getattr(error, "error_code", "")
+    return f"{type(error).__name__} {code}".strip()
