@@ -39,11 +39,12 @@ class Case:
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Cut the padding off the last axes of a prediction or an image."""
-        inside = [
+        inside: list[slice] = [
             slice(before, tensor.shape[axis] - after)
             for axis, (before, after) in enumerate(self.padding, tensor.ndim - len(self.padding))
         ]
-        return tensor[(..., *inside)]
+        whole = [slice(None)] * (tensor.ndim - len(inside))
+        return tensor[(*whole, *inside)]
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images and masks, ``size`` slices at a time."""

@@ -6,7 +6,7 @@ the affine along, so that what comes out can still be placed in the patient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,7 +157,7 @@ def preprocess(
         scaled, labels = _cropped(scaled, labels, threshold, config.margin_mm, across)
         if labels is not None and before is not None:
             lost = dict(zip(names, (before - _count(labels)).tolist(), strict=True))
-    return _as_prepared(scaled, labels, names, threshold, lost, across)
+    return _as_prepared(scaled, labels, names, threshold, lost=lost, across=across)
 
 
 def _oriented(
@@ -165,12 +165,17 @@ def _oriented(
 ) -> MetaTensor:
     import torch
     from monai.data.meta_tensor import MetaTensor
-    from monai.transforms import Orientation
+    from monai.transforms.spatial.array import Orientation
 
     tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     volume = MetaTensor(tensor[..., None] if flat else tensor, affine=torch.from_numpy(affine))
-    oriented: MetaTensor = Orientation("RAS", labels=_RAS_LABELS)(volume)
-    return oriented
+    return _applied(Orientation("RAS", labels=_RAS_LABELS), volume)
+
+
+def _applied(transform: Callable[..., Any], volume: MetaTensor) -> MetaTensor:
+    """Apply a transform of MONAI, which declares less than the tensor with affine it returns."""
+    result: MetaTensor = transform(volume)
+    return result
 
 
 def _axis_of(affine: npt.NDArray[np.float64], column: int) -> int:
@@ -190,7 +195,7 @@ def _respaced(
     image: MetaTensor, labels: MetaTensor | None, config: PreprocessingConfig, across: int | None
 ) -> tuple[MetaTensor, MetaTensor | None]:
     import torch
-    from monai.transforms import Spacing
+    from monai.transforms.spatial.array import Spacing
 
     found = _spacing(image)
     wanted = np.asarray(config.spacing_mm, dtype=np.float64)
@@ -198,10 +203,11 @@ def _respaced(
         wanted[across] = found[across]  # a single slice cannot be resampled across itself
     if config.antialias:
         image = _blurred(image, wanted / found)
-    options: dict[str, Any] = {"padding_mode": "border", "align_corners": True}
-    resample = Spacing(wanted, mode="bilinear", dtype=torch.float32, **options)
-    resample_labels = Spacing(wanted, mode="nearest", dtype=torch.float32, **options)
-    return resample(image), None if labels is None else resample_labels(labels)
+    options: Any = {"padding_mode": "border", "align_corners": True, "dtype": torch.float32}
+    resampled = _applied(Spacing(wanted, mode="bilinear", **options), image)
+    if labels is None:
+        return resampled, None
+    return resampled, _applied(Spacing(wanted, mode="nearest", **options), labels)
 
 
 def _blurred(image: MetaTensor, factor: npt.NDArray[np.float64]) -> MetaTensor:
@@ -219,7 +225,11 @@ def _blurred(image: MetaTensor, factor: npt.NDArray[np.float64]) -> MetaTensor:
 
 
 def _scaled(image: MetaTensor, scan: Scan, config: IntensityConfig) -> MetaTensor:
-    from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
+    import torch
+    from monai.transforms.intensity.array import (
+        ScaleIntensityRange,
+        ScaleIntensityRangePercentiles,
+    )
 
     kind = config.kind
     if kind == "auto":
@@ -231,14 +241,15 @@ def _scaled(image: MetaTensor, scan: Scan, config: IntensityConfig) -> MetaTenso
                 "Set preprocessing.intensity.kind to auto or percentile."
             )
         low, high = config.window_hu
-        scaled: MetaTensor = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(image)
-        return scaled
+        return _applied(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True), image)
     if any(float(channel.min()) == float(channel.max()) for channel in image):
-        return image * 0  # a constant channel has no range to scale
-    scaled = ScaleIntensityRangePercentiles(
-        config.lower, config.upper, 0.0, 1.0, clip=True, channel_wise=True
-    )(image)
-    return scaled
+        return _applied(torch.zeros_like, image)  # a constant channel has no range to scale
+    return _applied(
+        ScaleIntensityRangePercentiles(
+            config.lower, config.upper, 0.0, 1.0, clip=True, channel_wise=True
+        ),
+        image,
+    )
 
 
 def _threshold(scan: Scan, config: PreprocessingConfig) -> float:
@@ -257,14 +268,14 @@ def _cropped(
     margin_mm: float,
     across: int | None,
 ) -> tuple[MetaTensor, MetaTensor | None]:
-    from monai.transforms import CropForeground, SpatialCrop
+    from monai.transforms.croppad.array import CropForeground, SpatialCrop
 
     if not bool((image > threshold).any()):
         return image, labels
     margin = np.ceil(margin_mm / _spacing(image)).astype(int)
     if across is not None:
         margin[across] = 0
-    crop = CropForeground(
+    crop: Any = CropForeground(
         select_fn=lambda x: x > threshold,
         margin=margin.tolist(),
         allow_smaller=True,
@@ -273,7 +284,7 @@ def _cropped(
     inside, start, end = crop(image)
     if labels is None:
         return inside, None
-    return inside, SpatialCrop(roi_start=start, roi_end=end)(labels)
+    return inside, _applied(SpatialCrop(roi_start=start, roi_end=end), labels)
 
 
 def _count(labels: MetaTensor) -> npt.NDArray[np.int64]:
@@ -286,6 +297,7 @@ def _as_prepared(
     labels: MetaTensor | None,
     names: list[str],
     threshold: float,
+    *,
     lost: dict[str, int],
     across: int | None,
 ) -> Prepared:
