@@ -78,7 +78,7 @@ class UNetDecoder(nn.Module):
                 x = block(_enlarge(x, size))
             else:
                 x = block(torch.cat([_enlarge(x, tuple(skip.shape[2:])), skip], dim=1))
-        return cast(Tensor, self.out(x))
+        return cast("Tensor", self.out(x))
 
 
 def _enlarge(x: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -30,7 +30,7 @@ class PooledHead(nn.Module):
         Feature maps are averaged over all positions first.
         """
         pooled = x if x.ndim == 2 else x.flatten(2).mean(dim=2)
-        return cast(Tensor, self.layers(pooled))
+        return cast("Tensor", self.layers(pooled))
 
 
 class SiameseHead(nn.Module):
@@ -60,7 +60,7 @@ class SiameseHead(nn.Module):
                 f"this head compares {self.num_views} views an image, found embeddings of shape "
                 f"{tuple(embeddings_BVC.shape)}, wanted (B, {self.num_views}, C)."
             )
-        return cast(Tensor, self.layers(embeddings_BVC.flatten(1)))
+        return cast("Tensor", self.layers(embeddings_BVC.flatten(1)))
 
 
 def _perceptron(in_channels: int, out_channels: int, hidden_channels: int | None) -> nn.Module:

@@ -129,7 +129,10 @@ class Backbone(nn.Module, ABC):
         Raises:
             WeightsError: the file holds other tensors than the published ones.
         """
-        raise WeightsError(f"{self.describe()} has no ImageNet weights to adapt.")
+        raise WeightsError(
+            f"backbone {self.describe()} has no ImageNet weights, found a file of "
+            f"{len(file_state)} tensors for it. Use another init."
+        )
 
     @property
     def embedding_channels(self) -> int:
@@ -149,7 +152,7 @@ class Backbone(nn.Module, ABC):
             x_BC: images in [0, 1], shape (B, C, X, Y) or (B, C, X, Y, Z), any size.
         """
         self._check(x_BC)
-        mean, std = cast(Tensor, self._mean), cast(Tensor, self._std)
+        mean, std = cast("Tensor", self._mean), cast("Tensor", self._std)
         return self.extract((x_BC - mean) / std)
 
     def embed(self, x_BC: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class MonaiBackbone(Backbone):
         self.net = net
 
     def extract(self, x_BC: Tensor) -> list[Tensor]:
+        """See `Backbone.extract`."""
         net = self.net
         x = net.act(net.bn1(net.conv1(x_BC)))
         features = [x]

@@ -83,10 +83,12 @@ class TimmBackbone(Backbone):
         self.net = net
 
     def extract(self, x_BC: Tensor) -> list[Tensor]:
-        return cast(list[Tensor], self.net(x_BC))
+        """See `Backbone.extract`."""
+        return cast("list[Tensor]", self.net(x_BC))
 
     @property
     def imagenet_weights(self) -> ImagenetWeights:
+        """The published file of this variant."""
         return self.imagenet[self.variant]
 
     def adapt_imagenet(self, file_state: Mapping[str, Tensor]) -> AdaptedState:

@@ -83,6 +83,7 @@ class TorchvisionBackbone(Backbone):
         self.net = net
 
     def extract(self, x_BC: Tensor) -> list[Tensor]:
+        """See `Backbone.extract`."""
         net = self.net
         x = net.relu(net.bn1(net.conv1(x_BC)))
         features = [x]
@@ -94,6 +95,7 @@ class TorchvisionBackbone(Backbone):
 
     @property
     def imagenet_weights(self) -> ImagenetWeights:
+        """The published file of this variant."""
         return self.imagenet[self.variant]
 
     def adapt_imagenet(self, file_state: Mapping[str, Tensor]) -> AdaptedState:

@@ -28,6 +28,7 @@ class CheckpointInit(Init):
     config: Config
 
     def apply(self, backbone: Backbone) -> LoadReport:
+        """Load the checkpoint; see `Init.apply`."""
         path = self.config.path
         contract = load_contract(path)
         check_contract(

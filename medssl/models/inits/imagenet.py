@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib.util
 import pickle
 import urllib.error
@@ -44,6 +45,7 @@ class ImagenetInit(Init):
     config: Config
 
     def apply(self, backbone: Backbone) -> LoadReport:
+        """Load the published file; see `Init.apply`."""
         weights = backbone.imagenet_weights
         if weights is None:
             raise ConfigError(
@@ -153,7 +155,7 @@ def download(weights: ImagenetWeights, target: Path) -> Path:
             ):
                 while chunk := stream.read(_CHUNK_BYTES):
                     file.write(chunk)
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
             raise MachineError(
                 f"init imagenet: {weights.file_name} could not be downloaded; there is no network "
                 f"or its site does not answer. {_remedy(weights)}"

@@ -19,4 +19,5 @@ class RandomInit(Init):
     """Seeded random weights, as `medssl.models.build.build_backbone` constructed them."""
 
     def apply(self, backbone: Backbone) -> LoadReport:
+        """Leave the weights as they are."""
         return LoadReport(source="random", loaded=0, missing=tuple(backbone.state_dict()))
