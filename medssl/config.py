@@ -9,13 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from medssl.errors import ConfigError
 
@@ -70,9 +77,14 @@ def component(members: Members) -> Any:
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise PydanticCustomError(
-                "component", "give the {kind} as {{name: …}}; there are: {names}",
-                {"kind": members.kind, "names": ", ".join(members.names())},
-            )  # fmt: skip
+                "component",
+                "give the {kind} as {form}; there are: {names}",
+                {
+                    "kind": members.kind,
+                    "form": "{name: …}",
+                    "names": ", ".join(members.names()),
+                },
+            )
         name = value["name"]
         if name not in members.names():
             raise PydanticCustomError(
@@ -92,7 +104,25 @@ def component(members: Members) -> Any:
             nested = [(details, cls) for details in error.errors(include_url=False)]
             raise PydanticCustomError("nested", "nested", {"errors": nested}) from None
 
-    return Annotated[SerializeAsAny[ComponentConfig], BeforeValidator(validate)]
+    return Annotated[
+        SerializeAsAny[ComponentConfig], BeforeValidator(validate), _ComponentSchema(members)
+    ]
+
+
+class _ComponentSchema:
+    """The JSON Schema of a component's field: a name alone, or any member's configuration."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        names = self._members.names()
+        configs = [
+            handler(self._members.config_class(name).__pydantic_core_schema__) for name in names
+        ]
+        return {"anyOf": [{"type": "string", "enum": names}, *configs]}
 
 
 def load_config(path: Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
@@ -127,10 +157,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            continue  # construct_mapping refuses it below
         if key in seen:
-            raise ConfigError(
-                f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice. Remove one."
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
             )
         seen.add(key)
     return dict(loader.construct_mapping(node, deep=True))
@@ -179,18 +213,21 @@ def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
 
 
 def _step_into(node: Any, section: str, path: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_position(node, section, path, override)]
-    child = node.setdefault(section, {})
+    key: Any = _list_position(node, section, path, override) if isinstance(node, list) else section
+    child = node[key] if isinstance(node, list) else node.get(key)
+    if child is None:
+        child = node[key] = {}
     if isinstance(child, str):  # `pretext: rotation` is short for {name: rotation}
-        child = node[section] = {"name": child}
+        child = node[key] = {"name": child}
     if not isinstance(child, (dict, list)):
         raise ConfigError(f"override {override!r}: {path} is a single value, not a section.")
     return child
 
 
 def _list_position(node: list[Any], key: str, path: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not node:
+        raise ConfigError(f"override {override!r}: {path} lies in an empty list.")
+    if not key.isdecimal() or int(key) >= len(node):
         raise ConfigError(
             f"override {override!r}: {path} must be a position from 0 to {len(node) - 1}."
         )
