@@ -132,7 +132,7 @@ def load_config(path: Path, cls: type[C], overrides: Sequence[str] = ()) -> C:
         ConfigError: the file is missing or not YAML, or the content does not fit ``cls``; one line
             a mistake, each with its path inside the file.
     """
-    return validate_config(_read_yaml(path), cls, overrides, source=path.name)
+    return validate_config(read_yaml(path), cls, overrides, source=path.name)
 
 
 def validate_config(
@@ -173,7 +173,12 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, empty, or gives a key twice.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no config file {path.name!r} at the path given.")
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from medssl.errors import ConfigError, DivergedError, MachineError
 from medssl.models.backbones.base import Backbone
+from medssl.models.build import seeded_construction
 from medssl.randomness import torch_generator
 from medssl.training.optimization import OptimizationConfig, build_optimizer, set_learning_rates
 from medssl.training.state import TrainingState
@@ -44,7 +47,6 @@ class TrainingConfig(OptimizationConfig):
         steps: number of optimiser steps.
         global_batch_size: images a step, over all devices together.
         precision: ``fp32``, ``bf16`` or ``fp16`` (with a scaled loss).
-        device: ``auto`` takes the GPU where there is one.
         num_workers: processes that read crops; 0 reads in the training process.
         log_every: steps between two lines of the journal; also how often values are checked.
         validate_every: steps between two validations; 0 for the last step alone.
@@ -54,7 +56,6 @@ class TrainingConfig(OptimizationConfig):
     steps: int = Field(gt=0)
     global_batch_size: int = Field(default=32, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
     num_workers: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
     validate_every: int = Field(default=0, ge=0)
@@ -84,8 +85,8 @@ class Meter:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add the values of one step; nothing is copied to the host."""
         for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            number = value.detach().float()
+            self._sums[name] = self._sums[name] + number if name in self._sums else number.clone()
         self._count += 1
 
     def read(self) -> dict[str, float]:
@@ -110,19 +111,18 @@ def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"training.device: {name!r} is no device. Use auto, cpu or cuda.") from None
+        raise ConfigError(f"device: {name!r} is no device. Use auto, cpu or cuda.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MachineError(
-            f"training.device: {name} is asked for, and torch sees no GPU on this machine. "
-            "Set training.device=auto, or run medssl doctor to see why."
+            f"device: {name} is asked for, and torch sees no GPU on this machine. "
+            "Set device=auto, or run medssl doctor to see why."
         )
     return device
 
 
 def build_network(backbone: Backbone, objective: Objective, seed: int) -> Network:
     """Return backbone and head; the head's starting weights are a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_construction(seed, "head"):
         return Network(backbone, objective)
 
 
@@ -170,13 +170,16 @@ def train(
         DivergedError: the loss is not finite; the last saved state is still good.
     """
     meter = Meter()
-    for sample in _read_ahead(sampler, state.step, config, device):
+    for read in _read_ahead(sampler, state.step, config, device):
         step = state.step
         rate = set_learning_rates(state.optimizer, step, config.steps, config)
         state.network.train()
-        sample = sample.to(device, non_blocking=True)
+        sample = read.to(device, non_blocking=True)
         generator = torch_generator(seed, "step", step, device=device)
-        sample = augment(sample, augmentation, generator)
+        images, masks = augment(
+            sample.images, sample.masks, augmentation, generator, sampler.request.axes
+        )
+        sample = replace(sample, images=images, masks=masks)
         batch = objective.batch_of(sample, generator)  # the label is drawn last
         with autocast(config, device):
             output = state.network(batch)
@@ -208,8 +211,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _finite(means: dict[str, float], step: int) -> dict[str, float]:
-    loss = means.get("loss", 0.0)
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(means.get("loss", 0.0)):
         raise DivergedError(
             f"the loss is not finite in the steps up to {step}. The last saved state is good. "
             "Lower training.learning_rate, raise warmup_steps, or use precision bf16 or fp32."

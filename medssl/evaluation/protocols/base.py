@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from medssl.config import ComponentConfig
@@ -86,6 +87,8 @@ class Setting:
             random init alone.
         seed: the study's.
         device: where to compute.
+        seeded_init: whether the init's weights depend on the cell's seed (random), so that
+            features are computed for each seed.
     """
 
     task: DownstreamTask
@@ -95,6 +98,7 @@ class Setting:
     new_backbone: Callable[[int], Backbone]
     seed: int
     device: torch.device
+    seeded_init: bool
     _features: dict[int, dict[str, CaseFeatures]] = field(default_factory=dict, repr=False)
 
     def scans_of(self, patients: Iterable[str]) -> list[str]:
@@ -127,10 +131,9 @@ class Setting:
         request = self.task.request(self.request)
         return CaseReader(self.store, scan_keys, request, max_slices=max_slices)
 
-    def features(self, max_slices: int, max_features: int, backbone_seed: int) -> dict[
-        str, CaseFeatures
-    ]:  # fmt: skip
+    def features(self, cell: Cell, max_slices: int, max_features: int) -> dict[str, CaseFeatures]:
         """Return the features of all labelled scans: computed once a backbone, then kept."""
+        backbone_seed = cell.seed if self.seeded_init else 0
         if backbone_seed not in self._features:
             patients = [*self.splits.train, *self.splits.val, *self.splits.test]
             self._features[backbone_seed] = extract_features(
@@ -145,7 +148,8 @@ class Setting:
     def score(self, scan_keys: Sequence[str], scores: Sequence[Sequence[float]]) -> float:
         """Return the task's primary metric over some scans, larger is better."""
         metric = METRICS[self.task.metric]
-        value = metric.compute([self.task.targets[key] for key in scan_keys], list(scores))
+        targets = np.array([self.task.targets[key] for key in scan_keys], dtype=np.float64)
+        value = metric.compute(targets, np.array(scores, dtype=np.float64))
         return value if metric.higher_is_better else -value
 
 

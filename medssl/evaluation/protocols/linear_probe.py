@@ -114,9 +114,7 @@ class LinearProbe(Protocol):
         setting: Setting,
         log: Callable[[int, dict[str, float]], None],
     ) -> list[Prediction]:
-        features = setting.features(
-            self.config.max_slices, self.config.max_features, backbone_seed=cell.seed
-        )
+        features = setting.features(cell, self.config.max_slices, self.config.max_features)
         train = [features[key] for key in setting.labelled_scans(cell)]
         val = [features[key] for key in setting.scans_of(setting.splits.val)]
         test = [features[key] for key in setting.scans_of(setting.splits.test)]

@@ -1,0 +1,477 @@
+"""The command line: commands only. Everything heavy is imported inside the command that needs it.
+
+Exit codes: 0 ok, 2 usage or config, 3 data, 4 environment, 5 diverged, 130/143 signals.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from medssl import __version__
+from medssl.errors import ConfigError, DataError, MedsslError, Terminated
+
+_INTERRUPTED = 130
+
+_PATH = click.Path(path_type=Path)
+_CONFIG = click.argument("config", type=_PATH)
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value]...")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_RESUME = click.option(
+    "--resume", is_flag=True, help="Insist that the run folder already holds this run."
+)
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+
+
+def _out(help_text: str) -> Callable[[Any], Any]:
+    return click.option("--out", type=_PATH, help=help_text)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: medssl study configs/studies/demo.yaml --dry-run",
+)
+@click.version_option(__version__, prog_name="medssl")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Does pretraining on our own unlabelled scans beat ImageNet weights for our task?
+
+    By how much, and how many labels does it save? Point medssl at a folder of DICOM or NIfTI.
+    A command that was interrupted goes on when it is given again.
+    """
+    context.obj = {"debug": debug}
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_out("Run folder. Default: runs/<name of the study>.")
+@_RESUME
+@_DRY_RUN
+@_JSON
+def study(
+    config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Run a whole study: index, prepare, pretrain, transfer, compare, report.
+
+    \b
+    medssl study configs/studies/demo.yaml
+    medssl study my.yaml seed=1 matrix.seeds='[0,1,2]' --out runs/second
+    """
+    from medssl.config import load_config
+    from medssl.pipelines import study as pipeline
+
+    loaded = load_config(config, pipeline.StudyConfig, overrides)
+    if dry_run:
+        _print(pipeline.plan(loaded), as_json)
+        return
+    with _progress(as_json) as progress:
+        folder = pipeline.run(loaded, out, resume=resume, progress=progress)
+    _print_study(folder, as_json)
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_out("Run folder. Default: runs/pretrain.")
+@_RESUME
+@_DRY_RUN
+@_JSON
+def pretrain(
+    config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Pretrain a backbone on the scans of an index.
+
+    \b
+    medssl pretrain configs/pretrain/rotation.yaml training.steps=2000 --out runs/rotation
+    """
+    from medssl.config import load_config
+    from medssl.pipelines import pretrain as pipeline
+
+    loaded = load_config(config, pipeline.PretrainConfig, overrides)
+    if dry_run:
+        _print(pipeline.plan(loaded), as_json)
+        return
+    with _progress(as_json) as progress:
+        folder = pipeline.run(
+            loaded, out or Path("runs/pretrain"), resume=resume, progress=progress
+        )
+    _print({"run_folder": str(folder), "report": str(folder / "report.html")}, as_json)
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_out("Run folder. Default: runs/transfer.")
+@_RESUME
+@_DRY_RUN
+@_JSON
+def transfer(
+    config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Evaluate inits on downstream tasks and compare them.
+
+    \b
+    medssl transfer configs/transfer/segmentation.yaml --dry-run
+    """
+    from medssl.config import load_config
+    from medssl.pipelines import transfer as pipeline
+
+    loaded = load_config(config, pipeline.TransferConfig, overrides)
+    if dry_run:
+        _print(pipeline.plan(loaded), as_json)
+        return
+    with _progress(as_json) as progress:
+        folder = pipeline.run(
+            loaded, out or Path("runs/transfer"), resume=resume, progress=progress
+        )
+    _print_study(folder, as_json)
+
+
+@cli.command()
+@click.argument("config", type=_PATH)
+@_OVERRIDES
+@_out("Folder of the index. Default: data/index.")
+@_DRY_RUN
+@_JSON
+def index(
+    config: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool
+) -> None:
+    """Index a folder of DICOM and NIfTI: a config file, or simply the folder.
+
+    \b
+    medssl index /archive/export
+    medssl index configs/index/hippocampus.yaml
+    """
+    from medssl.config import load_config, validate_config
+    from medssl.pipelines import index as pipeline
+    from medssl.pipelines.facts import keep_dataset_facts
+    from medssl.scans.index import IndexConfig
+
+    if config.suffix in (".yaml", ".yml"):
+        loaded = load_config(config, IndexConfig, overrides)
+    else:
+        loaded = validate_config({"folder": str(config)}, IndexConfig, overrides)
+    if dry_run:
+        _print(pipeline.plan(loaded), as_json)
+        return
+    with _progress(as_json) as progress:
+        built = pipeline.run(loaded, out or Path("data/index"), progress=progress)
+        keep_dataset_facts(loaded.folder, built.folder)
+    table = built.table
+    rejected = table[table["status"] == "rejected"]["reason"].value_counts()
+    _print(
+        {
+            "index": str(built.folder),
+            "scans": len(built.accepted),
+            "patients": int(built.accepted["patient_key"].nunique()),
+            "rejected": {str(reason): int(count) for reason, count in rejected.items()},
+        },
+        as_json,
+    )
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_DRY_RUN
+@_JSON
+def prepare(config: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Prepare the scans of an index: orient, resample, crop, scale, store."""
+    from medssl.config import load_config
+    from medssl.pipelines import prepare as pipeline
+
+    loaded = load_config(config, pipeline.PrepareConfig, overrides)
+    if dry_run:
+        _print(pipeline.plan(loaded), as_json)
+        return
+    with _progress(as_json) as progress:
+        store = pipeline.run(loaded, progress=progress)
+    _print({"store": str(store.folder), "scans": len(store.scan_keys)}, as_json)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=_PATH)
+@_out("Where to write tables and report. Default: runs/comparison.")
+@click.option("--reference", default="imagenet", show_default=True, help="Init to compare with.")
+@_JSON
+def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: bool) -> None:
+    """Compare the inits of several runs, from their predictions alone."""
+    from medssl.pipelines import compare as pipeline
+    from medssl.pipelines.sections import StatisticsConfig
+
+    folder = out or Path("runs/comparison")
+    pipeline.run(runs, folder, statistics=StatisticsConfig(reference=reference))
+    _print_study(folder, as_json)
+
+
+@cli.command()
+@click.argument("run", type=_PATH)
+@_JSON
+def report(run: Path, as_json: bool) -> None:
+    """Write a run folder's report anew."""
+    from medssl.reports.html import build_report
+
+    _print({"report": str(build_report(run))}, as_json)
+
+
+@cli.command()
+@click.argument("run", type=_PATH)
+@_JSON
+def sync(run: Path, as_json: bool) -> None:
+    """Deliver to MLflow what a run folder's journal holds and MLflow lacks."""
+    from medssl.tracking.base import sync as deliver
+
+    outcome = deliver(run)
+    _print(
+        {
+            "delivered": outcome.delivered,
+            "undelivered": outcome.undelivered,
+            "refused": outcome.refused,
+            "target": outcome.target,
+        },
+        as_json,
+    )
+    if outcome.undelivered:
+        raise _Undelivered(outcome.problem)
+
+
+class _Undelivered(MedsslError):
+    exit_code = 4
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"MLflow did not take everything ({problem}). Nothing is lost: the journal keeps it. "
+            "Check the server and run medssl sync again."
+        )
+
+
+@cli.group()
+def datasets() -> None:
+    """Public and synthetic data sets: list, fetch, verify."""
+
+
+@datasets.command("list")
+@_JSON
+def datasets_list(as_json: bool) -> None:
+    """List the data sets with licence and citation."""
+    from medssl.scans.datasets.base import cards
+
+    _print(
+        {
+            card.name: {"title": card.title, "licence": card.licence, "synthetic": card.synthetic,
+                        "citation": card.citation}
+            for card in cards()
+        },
+        as_json,
+    )  # fmt: skip
+
+
+@datasets.command("fetch")
+@click.argument("name")
+@_out("Where to. Default: data/<name>.")
+@click.option("--no-network", is_flag=True, help="Take it from the mirror, or not at all.")
+@_JSON
+def datasets_fetch(name: str, out: Path | None, no_network: bool, as_json: bool) -> None:
+    """Bring a data set to this machine, from MEDSSL_DATA_MIRROR or the network."""
+    from medssl.scans.datasets.base import fetch
+
+    with _progress(as_json) as progress:
+        fetched = fetch(
+            name,
+            out or Path("data") / name,
+            network=not no_network,
+            progress=lambda done, total: progress(f"fetch {name}", done, total),
+        )
+    if fetched.synthetic and not as_json:
+        click.secho(
+            "These data are synthetic: they show that the software runs, and prove nothing.",
+            fg="yellow", bold=True, err=True,
+        )  # fmt: skip
+    _print(
+        {"folder": str(fetched.folder), "from": fetched.origin, "licence": fetched.card.licence},
+        as_json,
+    )
+
+
+@datasets.command("verify")
+@click.argument("folder", type=_PATH)
+@_JSON
+def datasets_verify(folder: Path, as_json: bool) -> None:
+    """Compare a fetched data set with the checksums it came with."""
+    from medssl.scans.datasets.base import verify
+
+    differences = verify(folder)
+    _print({key: len(paths) for key, paths in differences.items()}, as_json)
+    if any(differences.values()):
+        raise DataError(
+            "the data set differs from what was fetched. Remove the folder and fetch it again."
+        )
+
+
+@cli.group()
+def config() -> None:
+    """Configuration files: check, show, schema."""
+
+
+@config.command("check")
+@click.argument("file", type=_PATH)
+@_OVERRIDES
+@_JSON
+def config_check(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say whether a config file is right, and what kind it is."""
+    from medssl.pipelines.kinds import load_any
+
+    kind, loaded = load_any(file, overrides)
+    _print({"kind": kind, "digest": loaded.digest()}, as_json)
+
+
+@config.command("show")
+@click.argument("file", type=_PATH)
+@_OVERRIDES
+def config_show(file: Path, overrides: tuple[str, ...]) -> None:
+    """Print a config file with every default filled in."""
+    from medssl.pipelines.kinds import load_any
+
+    click.echo(load_any(file, overrides)[1].to_yaml(), nl=False)
+
+
+@config.command("schema")
+@click.argument("kind", required=False)
+@_out("Folder to write one <kind>.json each into.")
+def config_schema(kind: str | None, out: Path | None) -> None:
+    """Print the JSON Schema of one kind of config, or write all of them."""
+    from medssl.pipelines.kinds import schema, write_schemas
+
+    if out is not None:
+        write_schemas(out)
+    elif kind is None:
+        raise ConfigError("name a kind (index, prepare, pretrain, transfer, study), or give --out.")
+    else:
+        click.echo(json.dumps(schema(kind), indent=2))
+
+
+@cli.command("list")
+@click.argument(
+    "kind",
+    type=click.Choice(
+        ["pretext", "downstream", "backbones", "inits", "formats", "protocols", "datasets",
+         "executors"]
+    ),
+)  # fmt: skip
+@_JSON
+def list_(kind: str, as_json: bool) -> None:
+    """List the components of a kind: the names that configs take."""
+    import importlib
+
+    where = {
+        "pretext": ("medssl.pretext", "PRETEXT_TASKS"),
+        "downstream": ("medssl.downstream", "DOWNSTREAM_TASKS"),
+        "backbones": ("medssl.models.backbones", "BACKBONES"),
+        "inits": ("medssl.models.inits", "INITS"),
+        "formats": ("medssl.scans.formats", "FORMATS"),
+        "protocols": ("medssl.evaluation.protocols", "PROTOCOLS"),
+        "datasets": ("medssl.scans.datasets", "DATASETS"),
+        "executors": ("medssl.executors", "EXECUTORS"),
+    }
+    module, name = where[kind]
+    names = getattr(importlib.import_module(module), name).names()
+    click.echo(json.dumps(names) if as_json else "\n".join(names))
+
+
+@cli.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do, and what to mend."""
+    from medssl.pipelines.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "note": "note", "problem": "MEND"}[finding.level]
+            click.echo(f"{mark}  {finding.subject}: {finding.text}")
+    if any(finding.level == "problem" for finding in findings):
+        sys.exit(4)
+
+
+def main() -> NoReturn:
+    """Run the command line, and turn errors into messages and exit codes."""
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nInterrupted. Give the same command again to go on.", err=True)
+        sys.exit(_INTERRUPTED)
+    except Terminated as stop:
+        click.echo("Terminated. Give the same command again to go on.", err=True)
+        sys.exit(stop.exit_code)
+    except MedsslError as error:
+        if debug:
+            raise
+        click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _progress(as_json: bool) -> Any:
+    from medssl.pipelines.display import Display
+
+    return Display(quiet=as_json)
+
+
+def _print_study(folder: Path, as_json: bool) -> None:
+    """Print a finished study's verdicts and where its report is."""
+    from medssl.reports.tables import verdict_lines
+
+    facts_file = folder / "data.json"
+    facts = json.loads(facts_file.read_text(encoding="utf-8")) if facts_file.is_file() else {}
+    lines = verdict_lines(folder)
+    if as_json:
+        _print(
+            {"run_folder": str(folder), "report": str(folder / "report.html"), "verdicts": lines,
+             "synthetic": bool(facts.get("synthetic"))},
+            as_json,
+        )  # fmt: skip
+        return
+    if facts.get("synthetic"):
+        click.secho("SYNTHETIC DATA PROVE NOTHING.", fg="yellow", bold=True)
+    for line in lines:
+        click.echo(line)
+    click.echo(f"Report: {folder / 'report.html'}")
+
+
+def _print(facts: Mapping[str, Any], as_json: bool, depth: int = 0) -> None:
+    """Print facts for people, or as JSON."""
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, default=str))
+        return
+    for key, value in facts.items():
+        name = "  " * depth + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            click.echo(f"{name}:" if value else f"{name}: none")
+            _print(value, as_json, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            click.echo(f"{name}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            click.echo(f"{name}: {value}")

@@ -1,0 +1,16 @@
+"""How a pipeline tells how far it is; the command line shows it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives how far a stage is."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Report ``done`` of ``total`` of a stage; ``note`` holds the latest figures."""
+
+
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
+    """Report nothing."""

@@ -1,0 +1,119 @@
+"""The run folder: one study, resumable, self-contained, without identities."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medssl.atomic import atomic_write
+from medssl.config import Config
+from medssl.errors import ConfigError
+from medssl.provenance import git_commit, machine, package_versions
+
+_CONFIG = "config.yaml"
+_PROVENANCE = "provenance.json"
+
+
+class RunFolder:
+    """A folder that holds everything of one run.
+
+    Args:
+        path: the folder; made if it is missing.
+        config: what the run is; kept as ``config.yaml``.
+        command: the medssl command, for the instructions on how to reproduce.
+        resume: require that the folder already holds this run.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or none to resume.
+        MachineError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Config, command: str, *, resume: bool = False) -> None:
+        self.path = path
+        check_same_config(path, config, resume=resume)
+        atomic_write(path / _CONFIG, config.to_yaml())
+        previous = _read_json(path / _PROVENANCE)
+        self._provenance: dict[str, Any] = {
+            "command": command,
+            "config_digest": config.digest(),
+            "started": previous.get("started", _now()),
+            "restarts": int(previous.get("restarts", -1)) + 1,
+            "finished": None,
+            "inits": previous.get("inits", {}),
+            "git_commit": git_commit(),
+            "versions": package_versions(),
+            "machine": machine(),
+        }
+        self.note()
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to ``provenance.json``."""
+        self._provenance.update(facts)
+        self.write_json(_PROVENANCE, self._provenance)
+
+    def note_inits(self, reports: dict[str, dict[str, Any]]) -> None:
+        """Add what was loaded into each init; those of an earlier start are kept."""
+        self.note(inits={**self._provenance["inits"], **reports})
+
+    def finish(self) -> None:
+        """Note when the run ended."""
+        self.note(finished=_now())
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file into the folder, atomically."""
+        atomic_write(self.path / name, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
+    """Refuse to mix two runs in one folder; see `RunFolder`."""
+    file = path / _CONFIG
+    if not file.is_file():
+        if resume:
+            raise ConfigError(
+                f"there is no run to resume in {path.name!r}. Leave out --resume to start one."
+            )
+        return
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    wanted = yaml.safe_load(config.to_yaml())
+    if found != wanted:
+        changed = ", ".join(_differences(found, wanted)[:5]) or "its config.yaml is not readable"
+        raise ConfigError(
+            f"the run folder {path.name!r} holds a run of another configuration: {changed}. "
+            "Choose another --out, or delete that folder."
+        )
+
+
+def command_line() -> str:
+    """Return the command this process was started with, without the program's path."""
+    return shlex.join(["medssl", *sys.argv[1:]])
+
+
+def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        lines = []
+        for key in sorted({*found, *wanted}, key=str):
+            if found.get(key) != wanted.get(key):
+                lines += _differences(found.get(key), wanted.get(key), f"{prefix}{key}.")
+        return lines
+    return [f"{prefix.rstrip('.')} was {found!r}, is {wanted!r}"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

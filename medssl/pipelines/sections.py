@@ -1,0 +1,108 @@
+"""Sections that several pipelines' configurations share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from medssl.config import Config
+from medssl.transforms.requests import Plane, SampleRequest
+
+
+class SamplingConfig(Config):
+    """What is cut out of the prepared scans for training.
+
+    Attributes:
+        crop_size: voxels along each axis, of the prepared spacing: two numbers for 2D, three for
+            3D.
+        plane: of 2D crops from 3D scans: sagittal, coronal or axial.
+        min_foreground: least share of a crop that is not air.
+    """
+
+    crop_size: tuple[int, ...] = Field(min_length=2, max_length=3)
+    plane: Plane | None = None
+    min_foreground: float = Field(default=0.2, ge=0, le=1)
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3."""
+        return len(self.crop_size)
+
+    def request(self) -> SampleRequest:
+        """Return the request that tasks start from."""
+        return SampleRequest(
+            spatial_dims=self.spatial_dims,
+            crop_size=self.crop_size,
+            plane=self.plane,
+            min_foreground=self.min_foreground,
+        )
+
+
+class SplitConfig(Config):
+    """How patients are divided.
+
+    Attributes:
+        val_fraction: share of patients that choices (layer, strength, step) are made on.
+        test_fraction: share of patients that are looked at once.
+        file: a splits file to use instead, from another run's ``splits.json``.
+    """
+
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    test_fraction: float = Field(default=0.3, gt=0, lt=1)
+    file: Path | None = None
+
+
+class MatrixConfig(Config):
+    """Which cells of the transfer matrix to run.
+
+    Attributes:
+        labelled_patients: numbers of training patients whose labels may be used; ``all`` is
+            every one.
+        label_fractions: the same as shares of the training patients; give one of the two.
+        seeds: of the subsets, the head and the batches; at least 5 for a verdict to lean on.
+    """
+
+    labelled_patients: tuple[int | str, ...] | None = None
+    label_fractions: tuple[float, ...] | None = None
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> MatrixConfig:
+        if (self.labelled_patients is None) == (self.label_fractions is None):
+            raise ValueError("give either labelled_patients or label_fractions")
+        for number in self.labelled_patients or ():
+            if isinstance(number, str) and number != "all":
+                raise ValueError(f"labelled_patients holds numbers or the word all, not {number}")
+            if isinstance(number, int) and number < 1:
+                raise ValueError("labelled_patients must be 1 or more")
+        if any(not 0 < fraction <= 1 for fraction in self.label_fractions or ()):
+            raise ValueError("label_fractions lie above 0 and at most at 1")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError("seeds must be different numbers, at least one")
+        return self
+
+    def numbers(self, num_train_patients: int) -> tuple[int, ...]:
+        """Return the numbers of labelled patients, ascending and each once."""
+        if self.label_fractions is not None:
+            wanted = [max(1, round(share * num_train_patients)) for share in self.label_fractions]
+        else:
+            wanted = [
+                num_train_patients if number == "all" else int(number)
+                for number in self.labelled_patients or ()
+            ]
+        return tuple(sorted({min(number, num_train_patients) for number in wanted}))
+
+
+class StatisticsConfig(Config):
+    """How inits are compared.
+
+    Attributes:
+        reference: the init that the others are compared with.
+        num_resamples: bootstrap resamples of patients.
+        alpha: 1 minus the confidence level; also the family-wise error rate.
+    """
+
+    reference: str = "imagenet"
+    num_resamples: int = Field(default=10_000, ge=100)
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)

@@ -1,0 +1,271 @@
+"""A whole study: index → prepare → pretrain → transfer → compare → report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from medssl.config import ComponentConfig, Config, component
+from medssl.models.backbones import BACKBONES
+from medssl.models.inits import INITS
+from medssl.models.inits.checkpoint import Config as CheckpointConfig
+from medssl.pipelines import compare, prepare
+from medssl.pipelines import index as indexing
+from medssl.pipelines.facts import keep_dataset_facts
+from medssl.pipelines.pretrain import (
+    Pretraining,
+    PretrainSection,
+    draw_splits,
+    pretrain_backbone,
+    pretraining_pool,
+)
+from medssl.pipelines.progress import Progress, silent
+from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
+from medssl.pipelines.sections import SamplingConfig
+from medssl.pipelines.transfer import (
+    Evaluation,
+    EvaluationSection,
+    build_tasks,
+    evaluate,
+    labelled_patients,
+    mask_folders,
+)
+from medssl.pretext import PRETEXT_TASKS
+from medssl.scans.index import Index, IndexConfig
+from medssl.scans.splits import Splits
+from medssl.scans.store import Store
+from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
+from medssl.training.loop import select_device
+from medssl.transforms.preprocessing import PreprocessingConfig
+
+
+class StudyInit(Config):
+    """One init of a study.
+
+    Attributes:
+        init: the weights to start from.
+        pretext: pretrain on the study's own scans with this task first; the result is the init.
+            Starting from ``imagenet`` this is continual pretraining.
+        pretrain: replaces the study's own ``pretrain`` section for this init.
+    """
+
+    init: component(INITS) = ComponentConfig(name="random")  # type: ignore[valid-type]
+    pretext: component(PRETEXT_TASKS) | None = None  # type: ignore[valid-type]
+    pretrain: PretrainSection | None = None
+
+
+class StudyConfig(EvaluationSection):
+    """Configuration of ``medssl study``.
+
+    Attributes:
+        name: of the run folder, and in MLflow.
+        seed: everything random derives from it.
+        index: where the scans are, and how patients are told apart.
+        workspace: folder for the index and the prepared scans, shared between studies; holds what
+            only this machine may see, so it is never inside the run folder.
+        preprocessing: how scans are prepared.
+        sampling: crops that training sees.
+        backbone: the network, the same for every init.
+        pretrain: how backbones are pretrained.
+        inits: by the name they get in tables.
+        device: ``auto`` takes the GPU where there is one.
+        include_images: whether pictures of puzzles, made of patients' scans, go into the run
+            folder and the report.
+        tracking: MLflow.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = 0
+    index: IndexConfig
+    workspace: Path = Path("data/workspace")
+    preprocessing: PreprocessingConfig
+    sampling: SamplingConfig
+    backbone: component(BACKBONES)  # type: ignore[valid-type]
+    pretrain: PretrainSection | None = None
+    inits: dict[str, StudyInit] = Field(min_length=2)
+    device: str = "auto"
+    include_images: bool = False
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _pretraining_is_described(self) -> StudyConfig:
+        for label, init in self.inits.items():
+            if init.pretext is not None and self.section_of(init) is None:
+                raise ValueError(f"inits.{label} has a pretext; add a pretrain section")
+        return self
+
+    def section_of(self, init: StudyInit) -> PretrainSection | None:
+        """Return how an init is pretrained."""
+        return init.pretrain or self.pretrain
+
+    @property
+    def workplace(self) -> Path:
+        """The study's own folder in the workspace: another index config, another folder."""
+        return self.workspace / self.index.digest()[:12]
+
+
+def run(
+    config: StudyConfig,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Run a study, or go on with it, and return the run folder.
+
+    Args:
+        config: what to do.
+        out: the run folder, ``runs/<name>`` by default.
+        resume: require that ``out`` already holds this study.
+        progress: receives how far it is.
+
+    Raises:
+        MedsslError: see `medssl.errors`.
+    """
+    out = out or default_folder(config)
+    check_same_config(out, config, resume=resume)
+    device = select_device(config.device)
+    for label in config.inits:
+        _check_pretext(config, label)
+    with Tracker(out, config.tracking) as tracker:
+        folder = RunFolder(out, config, command_line(), resume=resume)
+        with tracker.run("study", params=_parameters(config)) as handle:
+            index = indexing.run(config.index, config.workplace / "index", progress=progress)
+            keep_dataset_facts(config.index.folder, index.folder)
+            tasks = build_tasks(config, config.sampling, index)
+            splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
+            splits.write(out / "splits.json")
+            store = prepare.prepare(
+                index,
+                config.preprocessing,
+                prepare.store_folder(config.workplace, config.preprocessing),
+                masks=mask_folders(config),
+                progress=progress,
+            )
+            folder.note(index_digest=index.digest, store_digest=store.digest)
+            inits = {
+                label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)
+                for label in config.inits
+            }
+            pretexts = {
+                label: init.pretext.name if init.pretext else ""
+                for label, init in config.inits.items()
+            }
+            evaluation = Evaluation(
+                config, config.backbone, config.sampling, config.seed, device, inits, pretexts,
+                index, store, splits, tasks,
+                pretraining_pool(store, splits) if any(pretexts.values()) else (),
+            )  # fmt: skip
+            evaluate(evaluation, out, tracker, handle, folder, progress)
+            progress("report", 0, 1)
+            compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
+            progress("report", 1, 1)
+    return out
+
+
+def plan(config: StudyConfig) -> dict[str, Any]:
+    """Return what `run` would do, touching nothing.
+
+    Numbers that need the index are given where the index exists already.
+    """
+    found: dict[str, Any] = {
+        "run_folder": str(default_folder(config)),
+        "device": str(select_device(config.device)),
+        "inits": {
+            label: init.pretext.name + " from " + init.init.name if init.pretext else init.init.name
+            for label, init in config.inits.items()
+        },
+        "pretraining_steps": {
+            label: section.training.steps
+            for label, init in config.inits.items()
+            if init.pretext is not None and (section := config.section_of(init)) is not None
+        },
+        "protocols": [protocol.name for protocol in config.protocols],
+        "seeds": list(config.matrix.seeds),
+    }
+    for label in config.inits:
+        _check_pretext(config, label)
+    found["data"] = indexing.plan(config.index)
+    index_folder = config.workplace / "index"
+    if not (index_folder / "index.parquet").is_file():
+        found["cells"] = "known after the first indexing"
+        return found
+    index = Index.open(index_folder)
+    tasks = build_tasks(config, config.sampling, index)
+    splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
+    numbers = config.matrix.numbers(len(splits.train))
+    found["patients"] = {
+        "train": len(splits.train), "val": len(splits.val), "test": len(splits.test),
+    }  # fmt: skip
+    found["labelled_patients"] = list(numbers)
+    found["cells"] = (
+        len(config.inits) * len(tasks) * len(config.protocols) * len(numbers)
+        * len(config.matrix.seeds)
+    )  # fmt: skip
+    found["store"] = prepare.estimate(index, config.preprocessing)
+    return found
+
+
+def default_folder(config: StudyConfig) -> Path:
+    """Return the run folder of a study that is given none."""
+    return Path("runs") / config.name
+
+
+def _check_pretext(config: StudyConfig, label: str) -> None:
+    """Refuse a pretext task that does not fit the crops, before anything is written."""
+    pretext = config.inits[label].pretext
+    if pretext is not None:
+        task = PRETEXT_TASKS.build(pretext, config.sampling.spatial_dims)
+        task.request(config.sampling.request())
+
+
+def _init_of(
+    config: StudyConfig,
+    label: str,
+    index: Index,
+    store: Store,
+    splits: Splits,
+    out: Path,
+    tracker: Tracker,
+    parent: RunHandle,
+    progress: Progress,
+) -> ComponentConfig:
+    """Return the init's configuration for the matrix, pretrained first where it has a pretext."""
+    init = config.inits[label]
+    section = config.section_of(init)
+    if init.pretext is None or section is None:
+        return init.init
+    checkpoint = out / "checkpoints" / label
+    job = Pretraining(
+        label, config.backbone, init.init, init.pretext, section, config.sampling, config.seed,
+        select_device(config.device),
+    )  # fmt: skip
+    task = job.task()
+    params = {
+        "pretext": init.pretext.name,
+        "init": init.init.name,
+        "steps": section.training.steps,
+        "chance_level": task.chance_level,
+        "pool_patients": len(pretraining_pool(store, splits)),
+    }
+    with tracker.run(f"pretrain/{label}", parent=parent.name, params=params) as handle:
+        picture = out / "figures" / f"pretext_{label}.png" if config.include_images else None
+        pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
+        handle.artifact(checkpoint)
+    return CheckpointConfig(path=checkpoint)
+
+
+def _parameters(config: StudyConfig) -> dict[str, Any]:
+    """Return the few settings that people filter runs by; the whole config is an artifact."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "backbone": config.backbone.model_dump(mode="json"),
+        "inits": ", ".join(config.inits),
+        "tasks": ", ".join(getattr(task, "label", None) or task.name for task in config.tasks),
+        "protocols": ", ".join(protocol.name for protocol in config.protocols),
+        "seeds": len(config.matrix.seeds),
+        "config_digest": config.digest(),
+    }
