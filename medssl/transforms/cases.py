@@ -63,6 +63,7 @@ class CaseReader(Dataset[Case]):
             in training, and larger ones stay whole. ``allow_padding`` concerns training alone.
         divisor: each size is padded, evenly on both sides, to a multiple of this.
         slices: every slice, or only those that the mask labels (none, where it is empty).
+        max_slices: at most so many slices of each scan, spread evenly from first to last.
 
     Raises:
         DataError: a scan cannot answer the request, or ``with_mask`` is asked for without a mask.
@@ -76,6 +77,7 @@ class CaseReader(Dataset[Case]):
         *,
         divisor: int = 1,
         slices: Literal["all", "with_mask"] = "all",
+        max_slices: int | None = None,
     ) -> None:
         if slices == "with_mask" and request.mask is None:
             raise DataError("only slices with a mask are wanted, but the task names no mask.")
@@ -84,6 +86,7 @@ class CaseReader(Dataset[Case]):
         self.request = request
         self.divisor = divisor
         self.slices = slices
+        self.max_slices = max_slices
 
     def __len__(self) -> int:
         return len(self.scan_keys)
@@ -147,6 +150,9 @@ class CaseReader(Dataset[Case]):
         indices = np.arange(entry.shape[across])
         if self.slices == "with_mask" and mask_S is not None:
             indices = indices[(mask_S > 0).any(axis=kept)]
+        if self.max_slices is not None and len(indices) > self.max_slices:
+            spread = np.linspace(0, len(indices) - 1, self.max_slices).round().astype(int)
+            indices = indices[spread]
         return [
             (*full[:across], slice(index, index + 1), *full[across + 1 :])
             for index in indices.tolist()

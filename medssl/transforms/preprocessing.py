@@ -30,8 +30,11 @@ BODY_HU = -500.0
 BODY_FRACTION = 0.1
 """Of the scaled range: above it lies tissue in scans without a calibrated unit; noise is below."""
 
-_LOST_TO_ROUNDING = 0.99
-"""Highest threshold: a window that ends below the body still shows the body, as all white."""
+MAX_MASK_LOSS = 0.01
+"""Part of a mask's voxels that the foreground crop may cut off before the scan is refused."""
+
+_HIGHEST_THRESHOLD = 0.99
+"""A window that ends below the body still shows the body, as all white."""
 
 _RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -127,8 +130,8 @@ def preprocess(
         config: what to do.
 
     Raises:
-        DataError: voxels are not finite, a HU window meets a scan without HU, or the scan is a
-            moving one.
+        DataError: voxels are not finite, a HU window meets a scan without HU, the crop would cut
+            off labels, or the scan is a moving one.
     """
     if scan.dims == "2D+t":
         raise DataError(
@@ -156,7 +159,7 @@ def preprocess(
         before = None if labels is None else _count(labels)
         scaled, labels = _cropped(scaled, labels, threshold, config.margin_mm, across)
         if labels is not None and before is not None:
-            lost = dict(zip(names, (before - _count(labels)).tolist(), strict=True))
+            lost = _losses(scan, names, before, _count(labels))
     return _as_prepared(scaled, labels, names, threshold, lost=lost, across=across)
 
 
@@ -257,7 +260,7 @@ def _threshold(scan: Scan, config: PreprocessingConfig) -> float:
         return config.foreground_threshold
     if scan.intensity == "HU" and config.intensity.kind != "percentile":
         low, high = config.intensity.window_hu
-        return float(np.clip((BODY_HU - low) / (high - low), 0, _LOST_TO_ROUNDING))
+        return float(np.clip((BODY_HU - low) / (high - low), 0, _HIGHEST_THRESHOLD))
     return BODY_FRACTION
 
 
@@ -285,6 +288,21 @@ def _cropped(
     if labels is None:
         return inside, None
     return inside, _applied(SpatialCrop(roi_start=start, roi_end=end), labels)
+
+
+def _losses(
+    scan: Scan, names: list[str], before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
+) -> dict[str, int]:
+    lost = {}
+    for name, labelled, left in zip(names, before.tolist(), after.tolist(), strict=True):
+        lost[name] = labelled - left
+        if lost[name] > MAX_MASK_LOSS * labelled:
+            raise DataError(
+                f"scan {scan.scan_key}: the foreground crop would cut off {lost[name]} of "
+                f"{labelled} labelled voxels of mask {name!r}. Raise preprocessing.margin_mm, or "
+                "set preprocessing.crop_foreground=false."
+            )
+    return lost
 
 
 def _count(labels: MetaTensor) -> npt.NDArray[np.int64]:

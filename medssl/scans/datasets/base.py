@@ -18,7 +18,8 @@ from medssl.scans.datasets import DATASETS
 from medssl.scans.datasets._download import Archive, Progress
 from medssl.scans.datasets._mirror import find_mirror
 
-PROVENANCE = "provenance.json"
+PROVENANCE = "dataset.json"
+"""What a fetched folder says of itself; the index keeps a copy, and the report prints it."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def verify(folder: Path) -> dict[str, list[str]]:
     """
     provenance = _provenance(Path(folder))
     if provenance is None:
-        raise DataError("the folder holds no fetched data set (no provenance.json). Fetch it.")
+        raise DataError("the folder holds no fetched data set (no dataset.json). Fetch it.")
     wanted: dict[str, str] = provenance["files"]
     found = checksums(Path(folder))
     return {
