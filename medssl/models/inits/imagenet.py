@@ -8,6 +8,7 @@ import importlib.util
 import pickle
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -67,28 +68,36 @@ class ImagenetInit(Init):
         )
 
     def _find(self, weights: ImagenetWeights) -> Path:
-        """Return the file: from the config's path, the hub cache, the package, or a download."""
-        if self.config.path is not None:
-            given = self.config.path
-            file = given / weights.file_name if given.is_dir() else given
-            if not file.is_file():
-                raise MachineError(
-                    f"init imagenet: {weights.file_name} is not at the path given "
-                    f"(…/{file.name}). {_remedy(weights)}"
-                )
+        given = self.config.path
+        file = find_weights(weights, given)
+        if file is not None:
             return file
-        cached = _hub_folder() / weights.file_name
-        if cached.is_file():
-            return cached
-        packaged = _in_package(weights)
-        if packaged is not None:
-            return packaged
+        if given is not None:
+            raise MachineError(
+                f"init imagenet: {weights.file_name} is not at the path given "
+                f"(…/{given.name}). {_remedy(weights)}"
+            )
         if not self.config.download:
             raise MachineError(
                 f"init imagenet: {weights.file_name} is not on this machine, and the config does "
                 f"not allow a download. {_remedy(weights)}"
             )
-        return download(weights, cached)
+        return download(weights, _hub_folder() / weights.file_name)
+
+
+def find_weights(weights: ImagenetWeights, path: Path | None = None) -> Path | None:
+    """Return the file on this machine, or None; nothing is downloaded, no hash is checked.
+
+    Args:
+        weights: which file.
+        path: the file or its folder, and no other place; None: the torch hub cache, then the
+            pip package that carries it.
+    """
+    if path is not None:
+        file = path / weights.file_name if path.is_dir() else path
+        return file if file.is_file() else None
+    cached = _hub_folder() / weights.file_name
+    return cached if cached.is_file() else _in_package(weights)
 
 
 def check_hash(file: Path, weights: ImagenetWeights) -> str:
@@ -117,7 +126,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
         WeightsError: the file holds anything but tensors by name, or cannot be read.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{file.name}: holds more than tensors, and reading it could run foreign code. "

@@ -130,7 +130,7 @@ def test_lite0_answers_a_grey_image_as_its_copy_in_three_channels():
     rgb, _ = load(LITE0, in_channels=3)
     x_BC = noise(1, 65, 48)
     for ours, theirs in zip(features(grey, x_BC), features(rgb, triple(x_BC)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert relative_difference(ours, theirs) < 1e-5  # float32 rounding: found 8e-7
 
 
 @needs_package
@@ -139,7 +139,7 @@ def test_lite0_answers_two_equal_channels_as_one():
     two, _ = load(LITE0, in_channels=2)
     x_BC = noise(1, 64, 64)
     a, b = features(one, x_BC)[-1], features(two, x_BC.expand(-1, 2, -1, -1))[-1]
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert relative_difference(a, b) < 1e-5
 
 
 def test_lite0_file_of_another_network_is_refused(tmp_path):
@@ -150,14 +150,8 @@ def test_lite0_file_of_another_network_is_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"classifier's _conv_head\.weight, .* are missing"):
         backbone.adapt_imagenet({"a.weight": torch.zeros(1)})
     other = {f"{n}.weight": torch.zeros(1) for n in range(288)}
-    with pytest.raises(WeightsError, match=r"tensor 1\.weight stands where net\.bn1\.bias"):
-        backbone.adapt_imagenet({**dict(list(other.items())[:1]), **swapped(other), **head})
-
-
-def swapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name != "0.weight"} | {
-        "stem.weight": torch.zeros(1)
-    }
+    with pytest.raises(WeightsError, match=r"tensor 2\.weight stands where net\.bn1\.bias is"):
+        backbone.adapt_imagenet({**other, **head})
 
 
 # -------------------------------------------------------------------------------- torchvision
@@ -195,7 +189,7 @@ def test_torchvision_stem_answers_a_grey_image_as_its_copy_in_three_channels(res
     ours, theirs = features(grey, x_BC)[0], features(rgb, triple(x_BC))[0]
     inside = (..., slice(2, -2), slice(2, -2))
     torch.testing.assert_close(ours[inside], theirs[inside], rtol=1e-4, atol=1e-4)
-    assert relative_difference(ours, theirs) < 0.1
+    assert relative_difference(ours, theirs) < 0.05
 
 
 def test_torchvision_features_of_a_grey_image_are_near_those_of_its_copy(resnet18_file):
@@ -203,7 +197,7 @@ def test_torchvision_features_of_a_grey_image_are_near_those_of_its_copy(resnet1
     rgb, _ = load(in_channels=3, path=resnet18_file)
     x_BC = noise(1, 128, 128)
     for ours, theirs in zip(features(grey, x_BC), features(rgb, triple(x_BC)), strict=True):
-        assert relative_difference(ours, theirs) < 0.1
+        assert relative_difference(ours, theirs) < 0.03  # found: 0.012 in the stem, then 0.004
 
 
 def test_a_file_without_batch_counters_says_so(tmp_path, monkeypatch):
@@ -347,7 +341,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch, how):
     made = tmp_path / "made.pth"
     content = saved(Bomb(mark), made) if how == "torch" else pickle.dumps({"a": Bomb(mark)})
     file = publish(content, tmp_path, monkeypatch)
-    with pytest.raises(WeightsError, match=r"holds more than tensors .* It was refused"):
+    with pytest.raises(WeightsError, match=r"holds more than tensors, .* It was refused"):
         load(path=file)
     assert not mark.exists()
 
@@ -355,7 +349,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch, how):
 def test_a_file_cut_short_is_refused(tmp_path, monkeypatch):
     content = saved(resnet18_state(), tmp_path / "made.pth")
     file = publish(content[: len(content) // 2], tmp_path, monkeypatch)
-    with pytest.raises(WeightsError, match=r"cut short or damaged|holds more than tensors"):
+    with pytest.raises(WeightsError, match="cut short or damaged"):
         load(path=file)
 
 

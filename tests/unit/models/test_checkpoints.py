@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from medssl.errors import ConfigError, WeightsError
+from medssl.models.backbones.base import Backbone
+from medssl.models.backbones.monai import Config as BackboneConfig
+from medssl.models.build import build_backbone
+from medssl.models.checkpoints import (
+    CONTRACT_FILE,
+    WEIGHTS_FILE,
+    Contract,
+    check_contract,
+    load_backbone,
+    load_contract,
+    save_checkpoint,
+)
+from medssl.models.inits.checkpoint import Config as CheckpointConfig
+from medssl.models.inits.random import Config as RandomConfig
+
+SMALL = BackboneConfig(depth=10, spatial_dims=2, base_channels=4)
+
+
+def new_backbone(seed: int = 0, config: BackboneConfig = SMALL, in_channels: int = 1) -> Backbone:
+    backbone, _ = build_backbone(config, RandomConfig(), in_channels=in_channels, seed=seed)
+    return backbone
+
+
+@pytest.fixture
+def contract() -> Contract:
+    return Contract(
+        spacing_mm=(1.0, 1.0, 1.5),
+        orientation="RAS",
+        axis_order="CXY",
+        intensity={"kind": "percentile", "lower": 0.5, "upper": 99.5},
+        in_channels=1,
+        spatial_dims=2,
+        plane="axial",
+        backbone=SMALL.model_dump(mode="json"),
+        init={"name": "random", "source": "random", "sha256": None},
+        pretext={"name": "rotation", "num_rotations": 4},
+        index_digest="a" * 64,
+        store_digest="b" * 64,
+        patients=("0123456789abcdef",),
+        seed=7,
+        steps=100,
+        package_versions={"torch": "2.10"},
+        git_commit=None,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, contract: Contract) -> Path:
+    """Return a run folder that holds a checkpoint."""
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "backbone", new_backbone(5), contract)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "backbone"
+
+
+def continue_from(path: Path, config: BackboneConfig = SMALL, **expected: Any) -> Backbone:
+    backbone, _ = build_backbone(
+        config, CheckpointConfig(path=path), in_channels=1, seed=0, expected=expected
+    )
+    return backbone
+
+
+def same_weights(a: Backbone, b: Backbone) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def edit_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors, and the hash in the contract with them, as a foreign tool would."""
+    state = load((checkpoint / WEIGHTS_FILE).read_bytes())
+    change(state)
+    replace_weights(checkpoint, save(state))
+
+
+def replace_weights(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / WEIGHTS_FILE).write_bytes(content)
+    edit_contract(checkpoint, weights_sha256=hashlib.sha256(content).hexdigest())
+
+
+def edit_contract(checkpoint: Path, **changes: Any) -> None:
+    content = json.loads((checkpoint / CONTRACT_FILE).read_text())
+    (checkpoint / CONTRACT_FILE).write_text(json.dumps({**content, **changes}))
+
+
+# ------------------------------------------------------------------------------- what it gives
+
+
+@pytest.mark.parametrize(
+    "inside", [".", "checkpoints/backbone", f"checkpoints/backbone/{WEIGHTS_FILE}"]
+)
+def test_a_run_a_checkpoint_and_its_file_give_the_same_backbone(folder, contract, inside):
+    backbone, found = load_backbone(folder / inside)
+    assert same_weights(backbone, new_backbone(5))
+    assert not backbone.training
+    assert found.model_copy(update={"weights_sha256": None}) == contract
+
+
+def test_the_public_function_is_this_one(folder):
+    import medssl
+
+    backbone, _ = medssl.load_backbone(str(folder))
+    assert same_weights(backbone, new_backbone(5))
+
+
+def test_the_contract_carries_the_hash_of_the_weights(checkpoint):
+    content = (checkpoint / WEIGHTS_FILE).read_bytes()
+    assert load_contract(checkpoint).weights_sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_loading_keeps_the_random_state_of_the_process(folder):
+    before = torch.get_rng_state()
+    load_backbone(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_can_be_written_again(checkpoint, contract):
+    save_checkpoint(checkpoint, new_backbone(6), contract)
+    backbone, _ = load_backbone(checkpoint)
+    assert same_weights(backbone, new_backbone(6))
+    assert sorted(file.name for file in checkpoint.iterdir()) == [WEIGHTS_FILE, CONTRACT_FILE]
+
+
+def test_the_init_continues_from_a_checkpoint(folder):
+    backbone, report = build_backbone(
+        SMALL,
+        CheckpointConfig(path=folder),
+        in_channels=1,
+        seed=0,
+        expected={"spacing_mm": [1, 1, 1.5], "orientation": "RAS"},
+    )
+    assert same_weights(backbone, new_backbone(5))
+    assert report.percent == 100
+    assert report.missing == report.unexpected == report.adapted == ()
+    assert report.sha256 == load_contract(folder).weights_sha256
+
+
+# ----------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("net.bn1.bias"), r"1 of the \d+ tensors .* are missing: net\.bn1\.bias\."),
+        (
+            lambda s: s.update(head=torch.zeros(2)),
+            r"holds 1 tensors that backbone monai .* does not have: head\.",
+        ),
+        (
+            lambda s: s.update({"net.bn1.bias": torch.zeros(3)}),
+            r"tensor net\.bn1\.bias has shape \(3,\), wanted \(4,\)",
+        ),
+        (
+            lambda s: s.update({"net.bn1.bias": torch.zeros(4, dtype=torch.float16)}),
+            r"tensor net\.bn1\.bias is of type torch\.float16, wanted torch\.float32",
+        ),
+        (
+            lambda s: s.update({"net.bn1.bias": torch.full((4,), torch.inf)}),
+            r"tensor net\.bn1\.bias holds values that are not finite",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "dtype", "infinite"],
+)
+def test_tensors_that_do_not_fit_are_refused(checkpoint, change, message):
+    edit_weights(checkpoint, change)
+    with pytest.raises(WeightsError, match=message):
+        load_backbone(checkpoint)
+    with pytest.raises(WeightsError, match=message):
+        continue_from(checkpoint)
+
+
+@pytest.mark.parametrize("left", [0, 4, 2000, -1])
+def test_a_file_cut_short_is_refused(checkpoint, left):
+    content = (checkpoint / WEIGHTS_FILE).read_bytes()
+    (checkpoint / WEIGHTS_FILE).write_bytes(content[:left])
+    with pytest.raises(WeightsError, match="cut short, damaged, or not a safetensors file"):
+        load_backbone(checkpoint)
+
+
+def test_one_changed_bit_is_refused(checkpoint):
+    content = bytearray((checkpoint / WEIGHTS_FILE).read_bytes())
+    content[-1] ^= 1
+    (checkpoint / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(WeightsError, match=r"has sha256 .*, its contract says .* do not belong"):
+        load_backbone(checkpoint)
+
+
+def test_a_hostile_pickle_under_the_right_name_is_refused_and_not_run(checkpoint, tmp_path):
+    mark = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.system, (f"touch {mark}",))
+
+    replace_weights(checkpoint, pickle.dumps(Bomb()))
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        load_backbone(checkpoint)
+    assert not mark.exists()
+
+
+def test_a_pickled_file_is_refused_unread(tmp_path):
+    file = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(WeightsError, match=r"Pickled files \(\.pt, \.pth\) are not read"):
+        load_backbone(file)
+
+
+def test_a_foreign_weight_file_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(save({"a": torch.zeros(1)}))
+    with pytest.raises(WeightsError, match=r"called backbone\.safetensors and lies beside"):
+        load_backbone(file)
+
+
+def test_a_place_without_checkpoint_is_named(tmp_path):
+    with pytest.raises(WeightsError, match=r"no checkpoint at 'nowhere': looked for backbone\.saf"):
+        load_backbone(tmp_path / "nowhere")
+
+
+def test_weights_without_contract_are_refused(checkpoint):
+    (checkpoint / CONTRACT_FILE).unlink()
+    with pytest.raises(WeightsError, match=r"has no contract\.json beside it"):
+        load_backbone(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "null", "\udcff"])
+def test_a_contract_that_is_none_is_refused(checkpoint, text):
+    (checkpoint / CONTRACT_FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(WeightsError, match=r"contract\.json of checkpoint .* cannot be read"):
+        load_contract(checkpoint)
+
+
+def test_a_contract_of_a_later_version_is_refused(checkpoint):
+    edit_contract(checkpoint, version=2)
+    with pytest.raises(WeightsError, match=r"contract of version 2, this medssl reads version 1"):
+        load_contract(checkpoint)
+
+
+def test_a_contract_with_a_wrong_field_names_it(checkpoint):
+    edit_contract(checkpoint, in_channels="many", colour="blue")
+    with pytest.raises(WeightsError, match=r"see its field\(s\) colour, in_channels"):
+        load_contract(checkpoint)
+
+
+def test_a_contract_with_an_unknown_backbone_names_it(checkpoint):
+    edit_contract(checkpoint, backbone={"name": "tensorflow"})
+    with pytest.raises(ConfigError, match="no backbone 'tensorflow'"):
+        load_backbone(checkpoint)
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(folder):
+    other = SMALL.model_copy(update={"depth": 18})
+    with pytest.raises(WeightsError, match=r'backbone: found .*"depth": 10.* wanted .*: 18'):
+        continue_from(folder, other)
+
+
+def test_a_checkpoint_of_other_channels_is_refused(folder):
+    with pytest.raises(WeightsError, match="in_channels: found 1, wanted 2"):
+        build_backbone(SMALL, CheckpointConfig(path=folder), in_channels=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted", "message"),
+    [
+        ("spacing_mm", (1.0, 1.0, 1.0), r"spacing_mm: found \[1\.0, 1\.0, 1\.5\], wanted \[1\.0,"),
+        ("spacing_mm", None, r"spacing_mm: found \[1\.0, 1\.0, 1\.5\], wanted null"),
+        ("orientation", "LPS", r'orientation: found "RAS", wanted "LPS"'),
+        ("axis_order", "CXYZ", r'axis_order: found "CXY", wanted "CXYZ"'),
+        ("plane", "coronal", r'plane: found "axial", wanted "coronal"'),
+        ("intensity", {"kind": "window_hu"}, r"intensity: found .*percentile.* wanted .*window_hu"),
+        ("pretext", {"name": "jigsaw"}, r"pretext: found .*rotation.* wanted .*jigsaw"),
+        ("permutation_set_hash", "c0ffee", r'permutation_set_hash: found null, wanted "c0ffee"'),
+    ],
+)
+def test_a_contract_that_differs_names_field_found_and_wanted(folder, field, wanted, message):
+    with pytest.raises(WeightsError, match=message):
+        continue_from(folder, **{field: wanted})
+
+
+def test_every_differing_field_is_named_at_once(contract):
+    with pytest.raises(WeightsError, match=r"orientation: .*; plane: .*Prepare the scans as"):
+        check_contract(contract, orientation="LPS", plane=None, seed=7)
+
+
+def test_a_field_that_contracts_do_not_have_is_refused(contract):
+    with pytest.raises(WeightsError, match="a contract has no field 'spacing'"):
+        check_contract(contract, spacing=1)
+
+
+def test_numbers_agree_up_to_rounding(contract):
+    check_contract(contract, spacing_mm=[1, 1 + 1e-9, 1.5], backbone=SMALL)
