@@ -39,8 +39,11 @@ COPY workflows ./workflows
 COPY configs ./configs
 RUN pip install --constraint requirements.lock --no-build-isolation ".[imagenet-lite0]" \
     && install --directory --owner=medssl --group=medssl /app/runs /app/data
+# There is no checkout in the image: docker build --build-arg MEDSSL_GIT_COMMIT=$(git rev-parse HEAD)
+ARG MEDSSL_GIT_COMMIT=""
 ENV HOME=/tmp \
-    MPLCONFIGDIR=/tmp/matplotlib
+    MPLCONFIGDIR=/tmp/matplotlib \
+    MEDSSL_GIT_COMMIT=${MEDSSL_GIT_COMMIT}
 USER medssl
 ENTRYPOINT ["medssl"]
 CMD ["--help"]
