@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from medssl.scans.files import Progress
-from medssl.scans.index import Index, IndexConfig, IndexPlan, build_index, plan_index
+from medssl.scans.index import Index, IndexConfig, build_index, plan_index
 from medssl.scans.patients import PatientsConfig
 
-__all__ = ["Config", "Index", "IndexPlan", "describe", "index_scans", "plan", "run"]
+__all__ = ["Config", "Index", "describe", "index_scans", "plan", "run"]
 
 Config = IndexConfig
 
@@ -19,9 +20,13 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> Index:
     return build_index(config, out, progress)
 
 
-def plan(config: Config, out: Path) -> IndexPlan:
-    """Say what `run` would do, and touch nothing."""
-    return plan_index(config, out)
+def plan(config: Config, out: Path | None = None) -> dict[str, int]:
+    """Say what `run` would do, and touch nothing.
+
+    Raises:
+        DataError: the folder is missing or empty.
+    """
+    return asdict(plan_index(config, out))
 
 
 def index_scans(
@@ -60,10 +65,8 @@ def describe(index: Index) -> list[str]:
     """Return what an index holds, in lines for people."""
     summary = index.summary
     formats = ", ".join(f"{count} {name}" for name, count in summary["by_format"].items())
-    lines = [
-        f"{summary['num_scans']} scans ({formats}) of {summary['num_patients']} patients, "
-        f"from {summary['num_scan_files']} of {summary['num_files']} files"
-    ]
+    scans = f"{summary['num_scans']} scans ({formats}) of {summary['num_patients']} patients"
+    lines = [f"{scans}, from {summary['num_scan_files']} of {summary['num_files']} files"]
     unknown = summary["num_scans_of_unknown_patients"]
     if unknown:
         lines.append(

@@ -62,7 +62,7 @@ class ParsedFile:
     header: Header
 
 
-def find_files(root: Path, leave_out: Path, exclude: Sequence[str]) -> list[FoundFile]:
+def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> list[FoundFile]:
     """List all files below a folder, sorted, following links to folders once.
 
     Args:
@@ -70,7 +70,7 @@ def find_files(root: Path, leave_out: Path, exclude: Sequence[str]) -> list[Foun
         leave_out: a folder that is not entered: the index itself, where it lies inside.
         exclude: patterns such as ``labels/*`` on relative paths; what matches is not opened.
     """
-    skip = leave_out.resolve()
+    skip = leave_out.resolve() if leave_out else None
     found = []
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -219,4 +219,5 @@ def _save(
 def read_locations(private: Path) -> pd.DataFrame:
     """Return the columns that say where each scan's files are."""
     columns = ["path", "size", "scan_key", "position", "root"]
-    return pq.read_table(private / "locations.parquet", columns=columns).to_pandas()
+    table: pd.DataFrame = pq.read_table(private / "locations.parquet", columns=columns).to_pandas()
+    return table

@@ -71,16 +71,6 @@ class IndexPlan:
     num_excluded: int
     num_to_parse: int
 
-    def lines(self) -> list[str]:
-        """Return the plan in words."""
-        known = self.num_files - self.num_excluded - self.num_to_parse
-        return [
-            f"files found       {self.num_files} ({self.num_bytes / 1e6:.1f} MB)",
-            f"excluded          {self.num_excluded}",
-            f"known already     {known}",
-            f"headers to parse  {self.num_to_parse}",
-        ]
-
 
 class Index:
     """An index on disk.
@@ -132,7 +122,7 @@ class Index:
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """Counts by format, modality and reason; see `summary.json`."""
-        return summarize(self.table.to_dict("records"))
+        return summarize(_records(self.table))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -163,8 +153,7 @@ class Index:
         number = self._numbers.get(scan_key)
         if number is None:
             raise DataError(f"there is no accepted scan {scan_key} in this index.")
-        row: dict[str, Any] = self.accepted.iloc[number].to_dict()
-        return row
+        return _records(self.accepted.iloc[number : number + 1])[0]
 
     def files(self, scan_key: str) -> list[Path]:
         """Return the files of a scan, in the order in which they are stacked. Private.
@@ -242,14 +231,18 @@ class Index:
         )
 
 
-def plan_index(config: IndexConfig, out: Path) -> IndexPlan:
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def plan_index(config: IndexConfig, out: Path | None = None) -> IndexPlan:
     """Say what `build_index` would do, and touch nothing.
 
     Raises:
         DataError: the folder is missing or empty.
     """
     files = _found(config, out)
-    known = remembered(config.folder, out / "private")
+    known = remembered(config.folder, out / "private") if out else {}
     return IndexPlan(
         num_files=len(files),
         num_bytes=sum(file.size for file in files),
@@ -298,7 +291,7 @@ def build_index(config: IndexConfig, out: Path, progress: Progress | None = None
     return Index.open(out)
 
 
-def _found(config: IndexConfig, out: Path) -> list[FoundFile]:
+def _found(config: IndexConfig, out: Path | None) -> list[FoundFile]:
     if not config.folder.is_dir():
         raise DataError("there is no folder at the path given as `folder`. Check its spelling.")
     files = find_files(config.folder, out, config.exclude)

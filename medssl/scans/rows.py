@@ -55,7 +55,9 @@ def make_rows(headers: Sequence[Header], salt: Salt, patients: PatientFinder) ->
     grouped = [(group, name) for name, group in _groups(headers)]
     # By path, so that of two equal scans always the same one is kept.
     grouped.sort(key=lambda item: item[0].headers[0].path)
-    rows, places, digests = [], {}, set()
+    rows: list[dict[str, Any]] = []
+    places: dict[str, tuple[str, int]] = {}
+    digests: set[str] = set()
     without_patient = []
     for group, name in grouped:
         kept = _checked(group, digests)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from medssl.scans.geometry import orientation_of, spacing_of
 
 if TYPE_CHECKING:
-    from monai.data import MetaTensor
+    from monai.data.meta_tensor import MetaTensor
 
     from medssl.scans.index import Index
 
@@ -85,7 +85,7 @@ def load_scan(index: Index | Path | str, scan_key: str) -> MetaTensor:
         DataError: see `read_scan`.
     """
     import torch
-    from monai.data import MetaTensor
+    from monai.data.meta_tensor import MetaTensor
 
     from medssl.scans.index import Index
 

@@ -37,8 +37,9 @@ def _group_series(series_key: str, headers: list[Header]) -> list[Group]:
     if copies:
         groups.append(_rejected(f"{series_key}|copies", copies, "duplicate_file"))
     flat = [header for header in unique.values() if header.facts["projection"]]
-    for header in flat:
-        groups.append(_accepted(f"{series_key}|{header.facts['instance_key']}", [header]))
+    groups += [
+        _accepted(f"{series_key}|{header.facts['instance_key']}", [header]) for header in flat
+    ]
     slices = [header for header in unique.values() if not header.facts["projection"]]
     if not slices:
         return groups

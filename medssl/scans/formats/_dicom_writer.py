@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import DSfloat
 
 from medssl.atomic import atomic_write
@@ -88,11 +88,13 @@ def write_series(
         for keyword, value in (extra or {}).items():
             setattr(dataset, keyword, value)
         path = folder / f"{number:04d}.dcm"
-        atomic_write(
-            path, lambda part, dataset=dataset: dataset.save_as(part, enforce_file_format=True)
-        )
+        _save(dataset, path)
         paths.append(path)
     return paths
+
+
+def _save(dataset: Dataset, path: Path) -> None:
+    atomic_write(path, lambda part: dataset.save_as(part, enforce_file_format=True))
 
 
 def _stored_values(volume_XYZ: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -116,8 +118,8 @@ def _slice_header(modality: str, series_uid: str, study_uid: str, index: int) ->
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = SOP_CLASSES[modality]
-    dataset.SOPClassUID = SOP_CLASSES[modality]
+    dataset.SOPClassUID = UID(SOP_CLASSES[modality])
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     dataset.SOPInstanceUID = generate_uid(entropy_srcs=[series_uid, str(index)])
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL" if modality == "CT" else "M"]

@@ -18,7 +18,7 @@ from pydicom import config as pydicom_config
 from pydicom import dcmread
 from pydicom.dataset import FileDataset
 from pydicom.filereader import read_file_meta_info
-from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from medssl.errors import RejectedScan
@@ -358,10 +358,10 @@ def _plain(dataset: FileDataset, keyword: str) -> float | None:
     value = dataset.get(keyword)
     if value is None or value == "" or not isinstance(value, (int, float)):
         return None
-    return _finite_or(float(value), None)
+    return float(value) if math.isfinite(value) else None
 
 
-def _finite_or(value: float, default: Any) -> Any:
+def _finite_or(value: float, default: float) -> float:
     return value if math.isfinite(value) else default
 
 
