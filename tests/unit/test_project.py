@@ -17,6 +17,7 @@ import medssl
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = ("torch", "monai", "mlflow", "pydicom", "pandas")
 LOCKED_EXTRAS = ["dev", "server", "imagenet-lite0"]
 
 TOP_LEVEL = {
@@ -155,3 +156,33 @@ def test_warnings_are_errors_and_xfail_is_strict() -> None:
     options = settings["tool"]["pytest"]["ini_options"]
     assert options["xfail_strict"] is True
     assert options["filterwarnings"][0] == "error"
+
+
+def test_the_study_in_the_readme_is_a_valid_config() -> None:
+    from medssl.config import validate_config
+    from medssl.pipelines.study import StudyConfig
+
+    block = re.search(r"```yaml\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    config = validate_config(yaml.safe_load(block[1]), StudyConfig)
+    assert list(config.inits) == ["random", "imagenet", "rotation", "inpainting"]
+
+
+@pytest.mark.parametrize("module", ["medssl", "medssl.__main__", "medssl.cli", "medssl.reports"])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_the_report_imports_no_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys, medssl.reports as reports\n"
+        "for found in pkgutil.iter_modules(reports.__path__, 'medssl.reports.'):\n"
+        "    importlib.import_module(found.name)\n"
+        "print([m for m in ('torch', 'monai', 'mlflow') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
