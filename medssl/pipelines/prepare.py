@@ -48,14 +48,14 @@ class PrepareConfig(Config):
         preprocessing: what is done to each scan.
         masks: folders of masks, by a name of small letters, digits and underscores.
         out: folder of the store; beside the index's table by default.
-        num_workers: processes; 0 chooses by the amount of work, 1 works in this process.
+        num_workers: processes; absent: as many as pay off; 0: this one.
     """
 
     index: Path
     preprocessing: PreprocessingConfig = PreprocessingConfig()
-    masks: dict[MaskName, Path] = {}
+    masks: dict[MaskName, Path] = Field(default_factory=dict)
     out: Path | None = None
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int | None = Field(default=None, ge=0)
 
 
 def run(config: PrepareConfig, progress: Progress = silent) -> Store:
@@ -116,7 +116,7 @@ def prepare(
     out: Path,
     masks: Mapping[str, Path] | None = None,
     *,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Bring a store up to date with an index; scans that are there already are not touched.
@@ -126,7 +126,7 @@ def prepare(
         preprocessing: what is done to each.
         out: the store's folder.
         masks: folders of masks, by name; a scan without a mask is prepared without.
-        num_workers: processes; 0 chooses by the amount of work, 1 works in this process.
+        num_workers: processes; absent: as many as pay off; 0: this one.
         progress: is told ``"prepare"``, scans done, all scans.
 
     Raises:
@@ -171,6 +171,7 @@ class _Job:
     """One scan to prepare; plain data, so that it can be sent to a worker."""
 
     index: Path
+    index_digest: str
     store: Path
     scan_key: str
     patient_key: str
@@ -194,14 +195,25 @@ def _jobs(
             preprocessing.versioned_digest(),
             {name: _sha256(path) for name, path in own.items()},
         )
-        jobs.append(_Job(index.folder, out, scan_key, patient_key, address, preprocessing, own))
+        jobs.append(
+            _Job(
+                index.folder,
+                index.digest,
+                out,
+                scan_key,
+                patient_key,
+                address,
+                preprocessing,
+                own,
+            )
+        )
     return jobs
 
 
 def _prepare_scan(job: _Job) -> str | None:
     """Prepare one scan into the store; return what is wrong with it, if anything."""
     try:
-        scan = read_scan(_open_index(job.index), job.scan_key)
+        scan = read_scan(_open_index(job.index, job.index_digest), job.scan_key)
         masks = {name: read_mask(path, scan) for name, path in job.masks.items()}
         prepared = preprocess(scan, masks, job.preprocessing)
     except DataError as error:
@@ -229,13 +241,17 @@ def _lost(job: _Job) -> str:
 
 
 @lru_cache(maxsize=1)
-def _open_index(folder: Path) -> Index:
+def _open_index(folder: Path, digest: str) -> Index:
+    """Open an index once a process; its digest tells a rebuilt one from the one before."""
+    del digest
     return Index.open(folder)
 
 
-def _workers(index: Index, preprocessing: PreprocessingConfig, missing: int, wanted: int) -> int:
-    if wanted:
-        return 0 if wanted == 1 else wanted
+def _workers(
+    index: Index, preprocessing: PreprocessingConfig, missing: int, wanted: int | None
+) -> int:
+    if wanted is not None:
+        return wanted
     table = index.accepted
     found = sum(float(np.prod(shape)) for shape in table["shape"])
     voxels = max(found, sum(_prepared_voxels(table, preprocessing)))
