@@ -206,7 +206,7 @@ def _respaced(
         wanted[across] = found[across]  # a single slice cannot be resampled across itself
     if config.antialias:
         image = _blurred(image, wanted / found)
-    options: Any = {"padding_mode": "border", "align_corners": True, "dtype": torch.float32}
+    options: Any = {"padding_mode": "border", "align_corners": False, "dtype": torch.float32}
     resampled = _applied(Spacing(wanted, mode="bilinear", **options), image)
     if labels is None:
         return resampled, None

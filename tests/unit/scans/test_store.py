@@ -8,10 +8,10 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
-from stores import make_store, numbered_volume
 
 from medssl.errors import DataError
 from medssl.scans.store import Entry, Store, content_address
+from stores import make_store, numbered_volume
 
 IMAGE = numbered_volume((1, 20, 30, 25))
 MASK = (numbered_volume((20, 30, 25)) > 0.5).astype(np.uint8)

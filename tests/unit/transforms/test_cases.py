@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import make_store, numbered_volume
 from torch.utils.data import DataLoader
 
 from medssl.errors import DataError
 from medssl.scans.store import Store
 from medssl.transforms.cases import CaseReader
 from medssl.transforms.sampling import SampleRequest
+from stores import make_store, numbered_volume
 
 VOLUME = numbered_volume((11, 13, 9))
 MASK = np.zeros((11, 13, 9), np.uint8)

@@ -3,11 +3,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import make_store, numbered_volume
 
 from medssl.errors import ConfigError, DataError
 from medssl.scans.entry import Entry
 from medssl.transforms.requests import SampleRequest
+from stores import make_store, numbered_volume
 
 
 @pytest.fixture(scope="module")

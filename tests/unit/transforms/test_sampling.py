@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import make_store, numbered_volume
 from torch.utils.data import DataLoader
 
 from medssl.errors import DataError
 from medssl.scans.store import Store
 from medssl.transforms.sampling import MAX_TRIES, CropSampler, Sample, SampleRequest
+from stores import make_store, numbered_volume
 
 SHAPE = (14, 17, 12)
 VOLUMES = {key: np.roll(numbered_volume(SHAPE), i * 101) for i, key in enumerate("abcde")}
