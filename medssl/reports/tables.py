@@ -1,0 +1,318 @@
+"""Verdicts in sentences, and the tables behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medssl.reports.contents import Contents, read_contents
+
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
+MINUS = "\N{MINUS SIGN}"
+
+METRIC_NAMES = {
+    "dice": "Dice",
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+}
+PROTOCOL_NAMES = {
+    "fine_tune": "fine-tuning",
+    "linear_probe": "linear probe",
+    "knn": "nearest neighbours",
+    "svm_map": "SVM mAP",
+}
+# The protocol that answers the question comes first; others in the order of the table.
+_PROTOCOL_ORDER = ("fine_tune", "linear_probe")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One answer: a task, a protocol and a number of labelled patients.
+
+    Attributes:
+        outcome: of the pretrained inits together: better if any is, else worse if any is.
+        sentence: the answer in words.
+    """
+
+    task: str
+    protocol: str
+    num_labelled: int
+    outcome: str
+    sentence: str
+
+
+def verdict_lines(folder: Path) -> list[str]:
+    """Return the verdicts of a run folder, one sentence each, for a terminal."""
+    contents = read_contents(folder)
+    found = verdicts(contents)
+    if not found:
+        return [no_verdict(contents)]
+    several = len({(verdict.task, verdict.protocol) for verdict in found}) > 1
+    return [
+        f"{verdict.task}, {protocol_name(verdict.protocol)}: {verdict.sentence}"
+        if several
+        else verdict.sentence
+        for verdict in found
+    ]
+
+
+def verdicts(contents: Contents) -> list[Verdict]:
+    """Return an answer for each task, protocol and number of labelled patients.
+
+    Pretrained inits are spoken of; ``random`` only where no other is there.
+    """
+    found = []
+    for (task, protocol), group in by_protocol(contents.comparisons):
+        for _, rows in group.sort_values("label_fraction").groupby("label_fraction"):
+            spoken = rows[is_pretrained(rows)]
+            spoken = spoken if len(spoken) else rows
+            found.append(
+                Verdict(
+                    task,
+                    protocol,
+                    int(rows["num_labelled_patients"].iloc[0]),
+                    _outcome(spoken),
+                    _sentence(spoken, contents.confidence),
+                )
+            )
+    return found
+
+
+def headline(contents: Contents) -> str:
+    """Return the whole study in one or two sentences."""
+    table = contents.comparisons
+    if not len(table):
+        return no_verdict(contents)
+    spoken = table[is_pretrained(table)]
+    if not len(spoken):
+        return (
+            f"No init of this study was pretrained on its own scans: what follows compares "
+            f"{init_name(contents.reference)} with {_listed(sorted(set(table['init'])))}."
+        )
+    reference = init_name(contents.reference)
+    total = len(spoken)
+    better, worse = (int((spoken["verdict"] == word).sum()) for word in (BETTER, WORSE))
+    if total == 1:
+        answer = {BETTER: "Yes", WORSE: "No"}.get(spoken["verdict"].iloc[0], "Not shown")
+        return f"{answer}, in the one comparison this study makes."
+    counts = (
+        f"Of {total} comparisons with {reference}, pretraining was better in {better}, worse in "
+        f"{worse}, and no difference was shown in {total - better - worse}."
+    )
+    if better and not worse:
+        answer = "Yes, always" if better == total else "In part"
+    elif better:
+        answer = "It depends"
+    elif worse:
+        answer = "No"
+    else:
+        answer = "Not shown"
+    return f"{answer}. {counts}"
+
+
+def no_verdict(contents: Contents) -> str:
+    """Say why there is no verdict."""
+    if not len(contents.results):
+        return "No verdict: this run pretrained a backbone and did not evaluate it."
+    inits = ", ".join(sorted(set(contents.results["init"])))
+    return (
+        f"No verdict: nothing here can be compared with {init_name(contents.reference)} "
+        f"(inits of this study: {inits})."
+    )
+
+
+def labels_saved(contents: Contents) -> list[str]:
+    """Say how many labels reach what the reference reaches with its most labels.
+
+    Interpolated between the measured numbers of labelled patients on a logarithmic scale; a point
+    estimate without an interval, which the text says.
+    """
+    lines = []
+    if "selected" not in contents.results:
+        return lines
+    table = contents.results[contents.results["selected"]]
+    for (task, protocol), group in by_protocol(table):
+        reference = group[group["init"] == contents.reference].sort_values("label_fraction")
+        if len(reference) < 2:
+            continue
+        goal = reference.iloc[-1]
+        metric = METRIC_NAMES.get(goal["metric"], goal["metric"])
+        for init, rows in group[is_pretrained(group)].groupby("init", sort=False):
+            rows = rows.sort_values("label_fraction")
+            needed = _labels_needed(
+                rows["num_labelled_patients"].to_numpy(float),
+                rows["value"].to_numpy(float),
+                float(goal["value"]),
+            )
+            if needed is not None and needed < goal["num_labelled_patients"]:
+                lines.append(
+                    f"{task}, {protocol_name(protocol)}: {init_name(str(init))} reaches with about "
+                    f"{needed:.0f} labelled patients what {init_name(contents.reference)} reaches "
+                    f"with {goal['num_labelled_patients']:.0f} ({metric} {goal['value']:.3f})."
+                )
+    return lines
+
+
+def by_protocol(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """Return the rows of each (task, protocol), the protocol that answers the question first."""
+    if not len(table):
+        return []
+    groups = [
+        ((str(task), str(protocol)), rows)
+        for (task, protocol), rows in table.groupby(["task", "protocol"], sort=False)
+    ]
+    tasks = list(dict.fromkeys(str(task) for task in table["task"]))
+
+    def place(item: tuple[tuple[str, str], pd.DataFrame]) -> tuple[int, int]:
+        (task, protocol), _ = item
+        known = protocol in _PROTOCOL_ORDER
+        return tasks.index(task), _PROTOCOL_ORDER.index(protocol) if known else 9
+
+    return sorted(groups, key=place)
+
+
+def is_pretrained(table: pd.DataFrame) -> pd.Series:
+    """Return which rows belong to an init that was pretrained on the study's own scans."""
+    return table["pretext"].fillna("").astype(str) != ""
+
+
+def init_name(init: str) -> str:
+    """Return an init as it is written in sentences."""
+    return "ImageNet" if init == "imagenet" else init
+
+
+def protocol_name(protocol: str) -> str:
+    """Return a protocol as it is written in sentences."""
+    return PROTOCOL_NAMES.get(protocol, protocol.replace("_", " "))
+
+
+def metric_name(metric: str) -> str:
+    """Return a metric as it is written in sentences."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, three decimals."""
+    if not np.isfinite(value):
+        return "?"
+    text = f"{abs(value):.3f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+'}{text}"
+
+
+def comparison_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the comparisons as text, for a table of the report."""
+    return [
+        {
+            "num_labelled": int(row["num_labelled_patients"]),
+            "init": init_name(row["init"]),
+            "value": _number(row["value"]),
+            "reference_value": _number(row["reference_value"]),
+            "effect": signed(row["effect"]),
+            "interval": _interval(row["ci_low"], row["ci_high"]),
+            "seeds": _seed_range(row),
+            "p_holm": p_text(row["p_holm"]),
+            "verdict": row["verdict"],
+        }
+        for _, row in table.sort_values("label_fraction", kind="stable").iterrows()
+    ]
+
+
+def p_text(value: float) -> str:
+    """Return a p value, never as zero."""
+    if not np.isfinite(value):
+        return "?"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _sentence(rows: pd.DataFrame, confidence: float) -> str:
+    rows = rows.sort_values("effect", ascending=False)
+    first = rows.iloc[0]
+    count = int(first["num_labelled_patients"])
+    metric = metric_name(first["metric"])
+    reference = init_name(first["reference"])
+    level = f"{confidence * 100:g} % CI"
+    better, worse = rows[rows["verdict"] == BETTER], rows[rows["verdict"] == WORSE]
+    unclear = rows[rows["verdict"] == NO_DIFFERENCE]
+    clauses = []
+    if len(better):
+        clauses.append(f"{_effects(better, metric, level, 'beats', reference)}")
+    if len(worse):
+        other = "it" if clauses else reference
+        clauses.append(f"{_effects(worse[::-1], metric, level, 'is worse than', other)}")
+    if len(unclear):
+        named = _effects(unclear, metric, level, "", "")
+        if clauses:
+            clauses.append(f"no difference is shown for {named}")
+        else:
+            clauses.append(f"no difference from {reference} is shown for {named}")
+    plural = "patient" if count == 1 else "patients"
+    return f"With {count} labelled {plural}, {'; '.join(clauses)}."
+
+
+def _effects(rows: pd.DataFrame, metric: str, level: str, verb: str, reference: str) -> str:
+    parts = []
+    for number, (_, row) in enumerate(rows.iterrows()):
+        name = init_name(row["init"])
+        interval = f"{level} {signed(row['ci_low'])} to {signed(row['ci_high'])}"
+        size = signed(row["effect"])
+        if verb and number == 0:
+            parts.append(f"{name} {verb} {reference} by {_size(row)} {metric} ({interval})")
+        elif verb:
+            parts.append(f"{name} by {_size(row)} ({interval})")
+        else:
+            parts.append(f"{name} ({size} {metric}, {interval})")
+    return _listed(parts)
+
+
+def _size(row: pd.Series) -> str:
+    """Return how much, without a sign that the verb already says."""
+    return f"{abs(row['effect']):.3f}" if row["verdict"] == WORSE else signed(row["effect"])
+
+
+def _outcome(rows: pd.DataFrame) -> str:
+    found = set(rows["verdict"])
+    return next((word for word in (BETTER, WORSE) if word in found), NO_DIFFERENCE)
+
+
+def _labels_needed(
+    counts: np.ndarray[Any, Any], values: np.ndarray[Any, Any], goal: float
+) -> float | None:
+    """Return the number of labelled patients at which a curve first reaches a goal."""
+    for place, value in enumerate(values):
+        if value >= goal:
+            if place == 0:
+                return float(counts[0])
+            share = (goal - values[place - 1]) / (value - values[place - 1])
+            low, high = np.log(counts[place - 1]), np.log(counts[place])
+            return float(np.ceil(np.exp(low + share * (high - low)) - 1e-9))
+    return None
+
+
+def _listed(parts: list[str]) -> str:
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if np.isfinite(value) else "?"
+
+
+def _interval(low: float, high: float) -> str:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "too few patients"
+    return f"{signed(low)} to {signed(high)}"
+
+
+def _seed_range(row: pd.Series) -> str:
+    low, high = row.get("seed_effect_low", np.nan), row.get("seed_effect_high", np.nan)
+    if row["num_seeds"] < 2:
+        return "one seed"
+    return f"{signed(low)} to {signed(high)}"
