@@ -177,7 +177,7 @@ def _on_grid(
     if is_turn:
         axes = [int(axis) for axis in np.argmax(np.abs(turn), axis=1)][: len(shape)]
         turned = np.transpose(mask, axes) if max(axes) < len(shape) else mask
-        flips = [axis for axis in range(len(shape)) if turn[axis].sum() < 0]
+        flips = tuple(axis for axis in range(len(shape)) if turn[axis].sum() < 0)
         if turned.shape == shape and _corners_agree(to_scan, turn, mask.shape, shape):
             return np.ascontiguousarray(np.flip(turned, flips))
     raise LabelError(

@@ -16,13 +16,27 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydicom import config as pydicom_config
 from pydicom import dcmread
-from pydicom.dataset import FileDataset
+from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats import _dicom_groups
+from medssl.scans.formats._dicom_values import (
+    finite_or,
+    image_type,
+    number,
+    numbers,
+    plain,
+    text,
+)
 from medssl.scans.formats._pixel_bytes import find_pixel_bytes
 from medssl.scans.formats._stacking import check_directions, gap_tolerance_mm, stack_slices
 from medssl.scans.formats.base import (
@@ -47,7 +61,9 @@ _KEYWORDS = (
 )  # fmt: skip
 _IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1."
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_NOT_IMAGES = ("1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.481.")
+_NOT_IMAGES = tuple(
+    _IMAGE_STORAGE + end for end in ("9.", "11.", "66", "67", "68.", "88.", "104.", "481.")
+)  # waveforms, display states, segmentations and registrations, reports, documents, radiotherapy
 _MULTI_FRAME = {
     "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2", "1.2.840.10008.5.1.4.1.1.4.1",
     "1.2.840.10008.5.1.4.1.1.4.3", "1.2.840.10008.5.1.4.1.1.4.4", "1.2.840.10008.5.1.4.1.1.30",
@@ -84,8 +100,8 @@ class DicomFormat(ScanFormat):
             digest = ""
             if not reason:
                 digest, reason = _check_pixels(file, dataset, facts)
-            series = _text(dataset, "SeriesInstanceUID") or f"file\x1f{relative}"
-            patient, study = _text(dataset, "PatientID"), _text(dataset, "StudyInstanceUID")
+            series = text(dataset, "SeriesInstanceUID") or f"file\x1f{relative}"
+            patient, study = text(dataset, "PatientID"), text(dataset, "StudyInstanceUID")
         facts["flags"] = sorted({*facts["flags"], *flags})
         return Header(
             path=relative,
@@ -134,7 +150,7 @@ def _parse(file: BinaryIO, path: Path, headers_only: bool) -> FileDataset:
 
 def _facts(dataset: FileDataset, salt: Salt) -> tuple[dict[str, Any], str]:
     """Return what grouping needs, and the reason for which the file is rejected, if it is."""
-    modality = _text(dataset, "Modality").upper()
+    modality = text(dataset, "Modality").upper()
     facts: dict[str, Any] = {
         "modality": modality if modality in _MODALITIES else "OT",
         "flags": [],
@@ -161,19 +177,17 @@ def _kind(dataset: FileDataset) -> str:
         return "secondary_capture"
     if sop_class in _MULTI_FRAME or int(dataset.get("NumberOfFrames") or 1) > 1:
         return "multi_frame_unsupported"
-    image_type = _image_type(dataset)
-    if _LOCALIZER & set(image_type):
+    words = image_type(dataset)
+    if _LOCALIZER & set(words):
         return "localizer"
-    if image_type[:1] == ["DERIVED"] and (
-        image_type[1:2] == ["SECONDARY"] or _COMPUTED & set(image_type[2:])
-    ):
+    if words[:1] == ["DERIVED"] and (words[1:2] == ["SECONDARY"] or _COMPUTED & set(words[2:])):
         return "derived"
     if "Rows" not in dataset or "Columns" not in dataset:
         named = UID(sop_class).name
         return "truncated_pixels" if named.endswith("Image Storage") else "not_an_image"
     if int(dataset.get("SamplesPerPixel") or 1) != 1:
         return "colour_unsupported"
-    if not _text(dataset, "PhotometricInterpretation").startswith("MONOCHROME"):
+    if not text(dataset, "PhotometricInterpretation").startswith("MONOCHROME"):
         return "colour_unsupported"
     return ""
 
@@ -182,10 +196,10 @@ def _add_image_facts(facts: dict[str, Any], dataset: FileDataset, salt: Salt) ->
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     check_size(rows * columns)
     projection = facts["modality"] in _PROJECTIONS
-    rescale = [_number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)]
+    rescale = [number(dataset, "RescaleSlope", 1.0), number(dataset, "RescaleIntercept", 0.0)]
     if not all(map(math.isfinite, rescale)) or rescale[0] == 0:
         raise RejectedScan("nonfinite_geometry", "the rescaling is not finite or zero")
-    hounsfield = _text(dataset, "RescaleType") in ("", "HU") and "RescaleIntercept" in dataset
+    hounsfield = text(dataset, "RescaleType") in ("", "HU") and "RescaleIntercept" in dataset
     orientation, position, spacing = _plane(dataset, projection, facts["flags"])
     facts.update(
         rows=rows,
@@ -196,26 +210,26 @@ def _add_image_facts(facts: dict[str, Any], dataset: FileDataset, salt: Salt) ->
         orientation=orientation,
         position=position,
         spacing_mm=spacing,
-        thickness_mm=_finite_or(_number(dataset, "SliceThickness", 0.0), 0.0),
-        photometric=_text(dataset, "PhotometricInterpretation"),
+        thickness_mm=finite_or(number(dataset, "SliceThickness", 0.0), 0.0),
+        photometric=text(dataset, "PhotometricInterpretation"),
         bits=[int(dataset.BitsAllocated), int(dataset.get("BitsStored") or 0)],
         signed=int(dataset.get("PixelRepresentation") or 0),
-        echo=[_plain(dataset, "EchoNumbers"), _plain(dataset, "EchoTime")],
-        temporal_position=_plain(dataset, "TemporalPositionIdentifier"),
-        b_value=_plain(dataset, "DiffusionBValue"),
-        acquisition=_plain(dataset, "AcquisitionNumber"),
-        image_type_key=salt.key("series", "\\".join(_image_type(dataset))),
-        frame_key=salt.key("series", _text(dataset, "FrameOfReferenceUID")),
-        instance_key=salt.key("file", _text(dataset, "SOPInstanceUID")),
+        echo=[plain(dataset, "EchoNumbers"), plain(dataset, "EchoTime")],
+        temporal_position=plain(dataset, "TemporalPositionIdentifier"),
+        b_value=plain(dataset, "DiffusionBValue"),
+        acquisition=plain(dataset, "AcquisitionNumber"),
+        image_type_key=salt.key("series", "\\".join(image_type(dataset))),
+        frame_key=salt.key("series", text(dataset, "FrameOfReferenceUID")),
+        instance_key=salt.key("file", text(dataset, "SOPInstanceUID")),
     )
     facts["echo"] = json.dumps(facts["echo"])
     if facts["photometric"] == "MONOCHROME1":
         facts["flags"].append("monochrome1")
-    if _image_type(dataset)[:1] == ["DERIVED"]:
+    if image_type(dataset)[:1] == ["DERIVED"]:
         facts["flags"].append("derived_primary")
-    if _text(dataset, "LossyImageCompression") == "01":
+    if text(dataset, "LossyImageCompression") == "01":
         facts["flags"].append("lossy")
-    if _text(dataset, "BurnedInAnnotation").upper() == "YES":
+    if text(dataset, "BurnedInAnnotation").upper() == "YES":
         facts["flags"].append("burned_in_annotation")
 
 
@@ -223,16 +237,16 @@ def _plane(
     dataset: FileDataset, projection: bool, flags: list[str]
 ) -> tuple[list[float], list[float], list[float]]:
     """Return orientation (6), position (3) and pixel spacing (2: rows, columns), LPS mm."""
-    orientation = _numbers(dataset, "ImageOrientationPatient", 6)
-    position = _numbers(dataset, "ImagePositionPatient", 3)
-    spacing = _numbers(dataset, "PixelSpacing", 2)
+    orientation = numbers(dataset, "ImageOrientationPatient", 6)
+    position = numbers(dataset, "ImagePositionPatient", 3)
+    spacing = numbers(dataset, "PixelSpacing", 2)
     if orientation is None or position is None:
         if not projection:
             raise RejectedScan("no_orientation", "orientation or position is missing")
         flags.append("no_patient_geometry")
         orientation, position = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0]
     if spacing is None and projection:
-        spacing = _numbers(dataset, "ImagerPixelSpacing", 2)
+        spacing = numbers(dataset, "ImagerPixelSpacing", 2)
         if spacing is None:
             flags.append("spacing_unknown")
             spacing = [1.0, 1.0]
@@ -283,17 +297,28 @@ def _read_slice(path: Path) -> FileDataset:
         raise
     except Exception:  # noqa: BLE001  (values of the wrong type; they stay inside)
         raise RejectedScan("unreadable") from None
+    if not getattr(dataset, "file_meta", None) or "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = _syntax_of(dataset)
     return dataset
+
+
+def _syntax_of(dataset: FileDataset) -> UID:
+    """Return the transfer syntax as the parser found it, for a file that does not state it."""
+    implicit, little_endian = dataset.original_encoding
+    if implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
 
 
 def _assemble(datasets: list[FileDataset]) -> Volume:
     """Stack slices that `group` found to belong together."""
     from highdicom import get_volume_from_series
 
-    projection = _text(datasets[0], "Modality").upper() in _PROJECTIONS
+    projection = text(datasets[0], "Modality").upper() in _PROJECTIONS
     planes = [_plane(dataset, projection, []) for dataset in datasets]
     orientation, _, spacing = planes[0]
-    thickness = _finite_or(_number(datasets[0], "SliceThickness", 0.0), 0.0)
+    thickness = finite_or(number(datasets[0], "SliceThickness", 0.0), 0.0)
     positions = np.array([position for _, position, _ in planes])
     stack = stack_slices(positions, np.array(orientation), np.array(spacing), thickness)
     ordered = [datasets[index] for index in stack.order]
@@ -310,7 +335,7 @@ def _assemble(datasets: list[FileDataset]) -> Volume:
             dtype=np.float32,
             apply_real_world_transform=False,
             apply_voi_transform=False,
-            apply_presentation_lut=_text(ordered[0], "Modality").upper() not in _QUANTITATIVE,
+            apply_presentation_lut=text(ordered[0], "Modality").upper() not in _QUANTITATIVE,
             atol=gap_tolerance_mm(stack.gap_mm) if len(ordered) > 1 else None,
         )
     except Exception:  # noqa: BLE001  (decoders fail in any way; their words may hold values)
@@ -329,40 +354,6 @@ def _sop_class(dataset: FileDataset) -> str:
     meta = getattr(dataset, "file_meta", None)
     fallback = meta.get("MediaStorageSOPClassUID", "") if meta else ""
     return str(dataset.get("SOPClassUID") or fallback or "")
-
-
-def _text(dataset: FileDataset, keyword: str) -> str:
-    value = dataset.get(keyword)
-    return "" if value is None else str(value).strip()
-
-
-def _image_type(dataset: FileDataset) -> list[str]:
-    value = dataset.get("ImageType") or []
-    values = [value] if isinstance(value, str) else list(value)
-    return [str(part).strip().upper() for part in values]
-
-
-def _number(dataset: FileDataset, keyword: str, default: float) -> float:
-    value = dataset.get(keyword)
-    return default if value is None or value == "" else float(value)
-
-
-def _numbers(dataset: FileDataset, keyword: str, count: int) -> list[float] | None:
-    value = dataset.get(keyword)
-    if value is None or value == "" or isinstance(value, (str, float)) or len(value) != count:
-        return None
-    return [float(part) for part in value]
-
-
-def _plain(dataset: FileDataset, keyword: str) -> float | None:
-    value = dataset.get(keyword)
-    if value is None or value == "" or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _finite_or(value: float, default: float) -> float:
-    return value if math.isfinite(value) else default
 
 
 @contextmanager

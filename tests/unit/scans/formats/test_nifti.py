@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from medssl.errors import RejectedScan
+from medssl.scans.formats.nifti import NiftiFormat, read_grid
+from medssl.scans.identity import Salt
+from samples import OBLIQUE, linear_values, linear_volume, rotation_affine, write_nifti
+from strategies import affines, shapes
+
+SALT = Salt(bytes(32))
+NIFTI = NiftiFormat()
+
+
+def header_of(path):
+    return NIFTI.read_header(path, path.name, SALT)
+
+
+def reason_of(path):
+    try:
+        return header_of(path).reason
+    except RejectedScan as error:
+        return error.reason
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(affine=affines(), shape=shapes())
+def test_values_lie_where_they_were(tmp_path, affine, shape):
+    values = linear_values(affine, shape)
+    path = write_nifti(tmp_path / "x.nii", values, affine)
+    (group,) = NIFTI.group([header_of(path)])
+    read = NIFTI.read_voxels([path])
+    assert group.shape == read.voxels.shape == shape
+    np.testing.assert_allclose(group.affine, read.affine)
+    np.testing.assert_allclose(read.voxels, linear_values(read.affine, shape), atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("maker", [nib.Nifti1Image, nib.Nifti2Image])
+def test_both_versions_are_read_plain_and_zipped(tmp_path, name, maker):
+    volume = linear_volume(affine=OBLIQUE)
+    maker(volume, OBLIQUE).to_filename(tmp_path / name)
+    np.testing.assert_array_equal(NIFTI.read_voxels([tmp_path / name]).voxels, volume)
+    assert reason_of(tmp_path / name) == ""
+
+
+def test_stored_scaling_is_applied(tmp_path):
+    image = nib.Nifti1Image(linear_volume(), np.eye(4))
+    image.header.set_slope_inter(0.5, -1000)
+    image.to_filename(tmp_path / "a.nii")
+    expected = linear_volume() * 0.5 - 1000.0
+    np.testing.assert_allclose(NIFTI.read_voxels([tmp_path / "a.nii"]).voxels, expected)
+
+
+def test_last_axes_of_one_are_dropped(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", linear_volume()[..., None])
+    assert header_of(path).facts["shape"] == [8, 7, 6]
+
+
+def test_single_slice_is_a_2d_scan(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", linear_volume((8, 7, 1)))
+    (group,) = NIFTI.group([header_of(path)])
+    assert (group.dims, group.shape) == ("2D", (8, 7))
+
+
+def test_metres_become_millimetres(tmp_path):
+    image = nib.Nifti1Image(linear_volume(), np.diag([0.001, 0.001, 0.002, 1]))
+    image.header.set_xyzt_units("meter")
+    image.to_filename(tmp_path / "a.nii")
+    np.testing.assert_allclose(
+        np.diag(read_grid(tmp_path / "a.nii").affine), [1, 1, 2, 1], rtol=1e-6
+    )
+
+
+def with_nan():
+    volume = linear_volume().astype(np.float32)
+    volume[1, 2, 3] = np.nan
+    return volume
+
+
+@pytest.mark.parametrize(
+    ("voxels", "reason"),
+    [
+        (with_nan(), "nan_voxels"),
+        (np.full((4, 4, 4), np.nan, np.float32), "nan_voxels"),
+        (np.full((4, 4, 4), np.inf, np.float32), "nan_voxels"),
+        (np.zeros((4, 4, 4), np.float32), "constant"),
+        (np.eye(5, dtype=np.uint8)[..., None].repeat(3, -1), "label_map"),
+        (linear_volume()[..., None].repeat(3, -1), "multi_frame_unsupported"),
+        (linear_volume().astype(np.complex64), "complex_unsupported"),
+        (
+            np.zeros((4, 4, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
+            "colour_unsupported",
+        ),
+    ],
+)
+def test_unusable_voxels_get_their_reason(tmp_path, voxels, reason):
+    assert reason_of(write_nifti(tmp_path / "a.nii.gz", voxels)) == reason
+
+
+def test_file_that_says_it_holds_labels_is_no_scan(tmp_path):
+    image = nib.Nifti1Image(linear_volume(), np.eye(4))
+    image.header.set_intent("label")
+    image.to_filename(tmp_path / "a.nii")
+    assert reason_of(tmp_path / "a.nii") == "label_map"
+
+
+def test_sheared_axes_are_a_tilt(tmp_path):
+    affine = rotation_affine(spacing_mm=(1, 1, 5))
+    affine[1, 2] = 1.0
+    assert reason_of(write_nifti(tmp_path / "a.nii", None, affine)) == "gantry_tilt"
+
+
+def test_no_affine_is_no_orientation(tmp_path):
+    nib.Nifti1Image(linear_volume(), None).to_filename(tmp_path / "a.nii")
+    assert reason_of(tmp_path / "a.nii") == "no_orientation"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_affine_without_a_size_is_rejected(tmp_path, value):
+    path = write_nifti(tmp_path / "a.nii", linear_volume(), np.eye(4))
+    content = bytearray(path.read_bytes())
+    content[280:284] = np.float32(value).tobytes()  # srow_x[0]
+    path.write_bytes(content)
+    assert reason_of(path) == "nonfinite_geometry"
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ([3, 30000, 30000, 30000, 1, 1, 1, 1], "too_large"),
+        ([3, 8, -7, 6, 1, 1, 1, 1], "unreadable"),
+        ([9, 8, 7, 6, 1, 1, 1, 1], "unreadable"),
+        ([1, 8, 7, 6, 1, 1, 1, 1], "nonfinite_geometry"),
+    ],
+)
+def test_dimensions_are_checked_before_anything_is_allocated(tmp_path, dims, reason):
+    path = write_nifti(tmp_path / "a.nii", linear_volume())
+    content = bytearray(path.read_bytes())
+    content[40:56] = np.array(dims, "<i2").tobytes()
+    path.write_bytes(content)
+    assert reason_of(path) == reason
+
+
+def test_huge_extension_is_not_read(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", linear_volume())
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(2**30).tobytes()  # vox_offset
+    path.write_bytes(content)
+    assert reason_of(path) == "too_large"
+
+
+@pytest.mark.parametrize("kept", [100, 400, 700])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_is_rejected(tmp_path, kept, zipped):
+    plain = write_nifti(tmp_path / "a.nii", linear_volume()).read_bytes()[:kept]
+    path = tmp_path / ("b.nii.gz" if zipped else "b.nii")
+    path.write_bytes(gzip.compress(plain) if zipped else plain)
+    assert reason_of(path) == ("unreadable" if kept < 348 else "truncated_pixels")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("content", [b"", b"hello, DOE^JANE", bytes(2000)])
+def test_other_content_is_unreadable(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert reason_of(tmp_path / name) == "unreadable"
+
+
+def test_two_affines_that_disagree_are_flagged(tmp_path):
+    image = nib.Nifti1Image(linear_volume(), np.eye(4))
+    image.set_sform(np.eye(4), 1)
+    image.set_qform(OBLIQUE, 1)
+    image.to_filename(tmp_path / "a.nii")
+    assert header_of(tmp_path / "a.nii").facts["flags"] == ["sform_qform_differ"]
+
+
+def test_same_voxels_in_another_gzip_have_the_same_digest(tmp_path):
+    first = write_nifti(tmp_path / "a.nii.gz", linear_volume())
+    again = write_nifti(tmp_path / "b.nii", linear_volume())
+    assert header_of(first).digest == header_of(again).digest
