@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -24,16 +23,19 @@ EVEN_SIZE = (64, 32, 32)
 
 
 def variants(name: str) -> Iterator[ComponentConfig]:
-    """Yield a configuration for every combination of a family's listed choices."""
+    """Yield a family's configurations: its defaults, then every other listed choice in turn."""
     cls = BACKBONES.config_class(name)
-    choices: dict[str, tuple[Any, ...]] = {}
+    base: dict[str, Any] = {}
+    others: list[dict[str, Any]] = []
     for field, info in cls.model_fields.items():
         if get_origin(info.annotation) is Literal:
-            choices[field] = get_args(info.annotation)
+            choices = get_args(info.annotation)
+            base[field] = choices[0] if info.is_required() else info.default
+            others += [{field: choice} for choice in choices if choice != base[field]]
         elif field in SMALL:
-            choices[field] = (SMALL[field],)
-    for values in itertools.product(*choices.values()):
-        yield cls.model_validate(dict(zip(choices, values, strict=True)))
+            base[field] = SMALL[field]
+    for changes in ({}, *others):
+        yield cls.model_validate({**base, **changes})
 
 
 CONFIGS = [config for name in BACKBONES.names() for config in variants(name)]

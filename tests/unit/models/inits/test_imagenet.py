@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import pickle
@@ -52,19 +53,31 @@ def publish(content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def resnet18_state() -> dict[str, torch.Tensor]:
-    """Return a full resnet18 with random weights and statistics, as a file would hold it."""
+    """Return a full resnet18 with random weights and statistics, as a file would hold it.
+
+    Filters behind the stem repeat over their input channels, which keeps the files small.
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        net = models.resnet18(weights=None)
-    state = net.state_dict()
-    for name, tensor in state.items():
-        if name.endswith(("running_mean", "bias")):
-            tensor.normal_(generator=generator)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 2.0, generator=generator)
-        elif "conv" in name or "downsample.0" in name:
-            tensor.normal_(std=0.05, generator=generator)
+    state: dict[str, torch.Tensor] = {}
+    for name, like in shapes_of_resnet18().items():
+        if name.endswith("running_var"):
+            state[name] = torch.rand(like.shape, generator=generator) + 0.5
+        elif like.ndim >= 2 and name != "conv1.weight":
+            drawn = torch.randn(like.shape[0], 1, *like.shape[2:], generator=generator)
+            state[name] = (0.05 * drawn).expand(like.shape)
+        elif like.is_floating_point():
+            state[name] = torch.randn(like.shape, generator=generator) * 0.1 + float(
+                name.endswith(("bn1.weight", "bn2.weight", "downsample.1.weight"))
+            )
+        else:
+            state[name] = torch.zeros_like(like)
     return state
+
+
+@functools.cache
+def shapes_of_resnet18() -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        return models.resnet18(weights=None).state_dict()
 
 
 def saved(content: object, path: Path) -> bytes:
@@ -197,7 +210,7 @@ def test_torchvision_features_of_a_grey_image_are_near_those_of_its_copy(resnet1
     rgb, _ = load(in_channels=3, path=resnet18_file)
     x_BC = noise(1, 128, 128)
     for ours, theirs in zip(features(grey, x_BC), features(rgb, triple(x_BC)), strict=True):
-        assert relative_difference(ours, theirs) < 0.03  # found: 0.012 in the stem, then 0.004
+        assert relative_difference(ours, theirs) < 0.03  # found: 0.02 in the stem, then less
 
 
 def test_a_file_without_batch_counters_says_so(tmp_path, monkeypatch):
