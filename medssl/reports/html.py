@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
+import base64
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from medssl.atomic import atomic_write
+from medssl.reports.contents import Contents, read_contents
+from medssl.reports.facts import (
+    data_rows,
+    init_rows,
+    limits,
+    provenance_rows,
+    rejection_rows,
+    version_rows,
+    warnings_of,
+)
+from medssl.reports.figures import (
+    curve_pictures,
+    effect_pictures,
+    layer_pictures,
+    patient_pictures,
+    pretraining_pictures,
+)
+from medssl.reports.tables import (
+    by_protocol,
+    comparison_rows,
+    headline,
+    init_name,
+    labels_saved,
+    metric_name,
+    protocol_name,
+    verdicts,
+)
+
+REPORT_NAME = "report.html"
+FIGURES = "figures"
 
 
 def build_report(run_folder: Path) -> Path:
@@ -16,5 +54,96 @@ def build_report(run_folder: Path) -> Path:
 
     Raises:
         DataError: the folder holds neither results nor a journal.
+        MachineError: the folder cannot be written.
     """
-    raise NotImplementedError
+    contents = read_contents(run_folder)
+    pictures = {
+        "effects": effect_pictures(contents),
+        "curves": curve_pictures(contents),
+        "layers": layer_pictures(contents),
+        "patients": patient_pictures(contents),
+        "pretraining": pretraining_pictures(contents),
+    }
+    for group in pictures.values():
+        for picture in group:
+            atomic_write(run_folder / FIGURES / f"{picture.name}.png", picture.light)
+    page = (
+        _environment()
+        .from_string(_template("report.html.j2"))
+        .render(**_words(contents), **pictures, examples=_examples(run_folder))
+    )
+    path = run_folder / REPORT_NAME
+    atomic_write(path, page)
+    return path
+
+
+def _words(contents: Contents) -> dict[str, Any]:
+    """Return everything of the page that is not a figure."""
+    found = verdicts(contents)
+    return {
+        "style": Markup(_template("report.css")),  # noqa: S704  (our own file)
+        "name": contents.name,
+        "headline": headline(contents),
+        "reference": init_name(contents.reference),
+        "confidence": f"{contents.confidence * 100:g} %",
+        "synthetic": bool(contents.data.get("synthetic")),
+        "warnings": warnings_of(contents),
+        "verdicts": [
+            {
+                "task": task,
+                "protocol": protocol_name(protocol),
+                "answers": [v for v in found if (v.task, v.protocol) == (task, protocol)],
+            }
+            for task, protocol in dict.fromkeys((v.task, v.protocol) for v in found)
+        ],
+        "comparisons": [
+            {
+                "task": task,
+                "protocol": protocol_name(protocol),
+                "metric": metric_name(str(table["metric"].iloc[0])),
+                "num_patients": int(table["num_patients"].iloc[0]),
+                "rows": comparison_rows(table),
+            }
+            for (task, protocol), table in by_protocol(contents.comparisons)
+        ],
+        "labels_saved": labels_saved(contents),
+        "protocols": list(contents.results["protocol"].unique()) if len(contents.results) else [],
+        "num_resamples": (contents.config.get("statistics") or {}).get("num_resamples", 10_000),
+        "num_seeds": int(contents.results["num_seeds"].max()) if len(contents.results) else 0,
+        "inits": init_rows(contents),
+        "data": data_rows(contents),
+        "citation": contents.data.get("citation", ""),
+        "rejections": rejection_rows(contents),
+        "limits": limits(contents),
+        "provenance": provenance_rows(contents),
+        "versions": version_rows(contents),
+        "command": contents.provenance.get("command", ""),
+        "config_text": contents.config_text,
+    }
+
+
+def _examples(run_folder: Path) -> list[dict[str, str]]:
+    """Return the pictures of pretext puzzles that the study left."""
+    return [
+        {
+            "title": init_name(path.stem.removeprefix("pretext_")),
+            "image": _data_uri(path.read_bytes()),
+        }
+        for path in sorted((run_folder / FIGURES).glob("pretext_*.png"))
+    ]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data_uri"] = _data_uri
+    return environment
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _template(name: str) -> str:
+    return files("medssl.reports").joinpath("templates", name).read_text(encoding="utf-8")

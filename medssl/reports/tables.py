@@ -14,6 +14,9 @@ from medssl.reports.contents import Contents, read_contents
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
 MINUS = "\N{MINUS SIGN}"
 
+# Fewer labels saved than this share of them is within what interpolation can invent.
+WORTH_SAYING = 0.8
+
 METRIC_NAMES = {
     "dice": "Dice",
     "auc": "AUC",
@@ -132,7 +135,7 @@ def labels_saved(contents: Contents) -> list[str]:
     Interpolated between the measured numbers of labelled patients on a logarithmic scale; a point
     estimate without an interval, which the text says.
     """
-    lines = []
+    lines: list[str] = []
     if "selected" not in contents.results:
         return lines
     table = contents.results[contents.results["selected"]]
@@ -149,7 +152,7 @@ def labels_saved(contents: Contents) -> list[str]:
                 rows["value"].to_numpy(float),
                 float(goal["value"]),
             )
-            if needed is not None and needed < goal["num_labelled_patients"]:
+            if needed is not None and needed <= WORTH_SAYING * goal["num_labelled_patients"]:
                 lines.append(
                     f"{task}, {protocol_name(protocol)}: {init_name(str(init))} reaches with about "
                     f"{needed:.0f} labelled patients what {init_name(contents.reference)} reaches "
@@ -242,10 +245,11 @@ def _sentence(rows: pd.DataFrame, confidence: float) -> str:
     unclear = rows[rows["verdict"] == NO_DIFFERENCE]
     clauses = []
     if len(better):
-        clauses.append(f"{_effects(better, metric, level, 'beats', reference)}")
+        clauses.append(_effects(better, metric, level, "beats", reference))
     if len(worse):
-        other = "it" if clauses else reference
-        clauses.append(f"{_effects(worse[::-1], metric, level, 'is worse than', other)}")
+        verb = "is worse" if clauses else "is worse than"
+        other = "" if clauses else reference
+        clauses.append(_effects(worse[::-1], metric, level, verb, other))
     if len(unclear):
         named = _effects(unclear, metric, level, "", "")
         if clauses:
@@ -263,7 +267,8 @@ def _effects(rows: pd.DataFrame, metric: str, level: str, verb: str, reference: 
         interval = f"{level} {signed(row['ci_low'])} to {signed(row['ci_high'])}"
         size = signed(row["effect"])
         if verb and number == 0:
-            parts.append(f"{name} {verb} {reference} by {_size(row)} {metric} ({interval})")
+            who = f"{name} {verb} {reference}".rstrip()
+            parts.append(f"{who} by {_size(row)} {metric} ({interval})")
         elif verb:
             parts.append(f"{name} by {_size(row)} ({interval})")
         else:

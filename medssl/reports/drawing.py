@@ -1,0 +1,295 @@
+"""How figures are drawn: colours, curves, bands, and names beside them.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; every init has a marker of
+its own as well, and its name stands beside its curve.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from medssl.reports.contents import Contents, LoggedRun
+from medssl.reports.tables import BETTER, WORSE, init_name
+
+Array = np.ndarray[Any, np.dtype[Any]]
+DPI = 200
+WIDTH_INCHES = 5.4
+_MARKERS = "oD^vPX*<>"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one appearance of the page."""
+
+    name: str
+    page: str
+    ink: str
+    faint: str
+    grid: str
+    reference: str
+    baseline: str
+    inits: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "light", "#ffffff", "#1c2126", "#5b656e", "#e3e6e8", "#1c2126", "#8a929a",
+    ("#d55e00", "#0072b2", "#009e73", "#aa4499", "#b58900", "#56b4e9"),
+)  # fmt: skip
+DARK = Theme(
+    "dark", "#171b1f", "#e8eaec", "#a3adb6", "#2c3338", "#f4f5f6", "#8a929a",
+    ("#ff9e5e", "#6cb8f0", "#3fd0a4", "#e29bd0", "#f0c75e", "#9fd8ff"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG, for both appearances.
+
+    Attributes:
+        name: file name without ending.
+        title: what the figure shows, as a heading.
+        caption: how to read it.
+        alt: its content in words, for those who do not see it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    light: bytes
+    dark: bytes
+
+
+class Palette:
+    """The colour and marker of each init, the same in all figures of a report."""
+
+    def __init__(self, contents: Contents) -> None:
+        names = [str(name) for name in dict.fromkeys(contents.results.get("init", ()))]
+        names += [run.name for run in contents.pretraining if run.name not in names]
+        self._reference = contents.reference
+        coloured = [name for name in names if name not in (self._reference, "random")]
+        self._place = {name: place for place, name in enumerate(coloured)}
+
+    def colour(self, init: str, theme: Theme) -> str:
+        """Return an init's colour."""
+        if init == self._reference:
+            return theme.reference
+        if init == "random":
+            return theme.baseline
+        return theme.inits[self._place.get(init, 0) % len(theme.inits)]
+
+    def marker(self, init: str) -> str:
+        """Return an init's marker."""
+        if init == self._reference:
+            return "s"
+        return "." if init == "random" else _MARKERS[self._place.get(init, 0) % len(_MARKERS)]
+
+
+Draw = Callable[[Axes, Theme], None]
+
+
+def picture(name: str, title: str, caption: str, alt: str, draw: Draw, *, height: float) -> Picture:
+    """Draw one figure in both appearances."""
+    images = []
+    for theme in (LIGHT, DARK):
+        with _style(theme):
+            figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+            FigureCanvasAgg(figure)
+            axes = figure.add_subplot()
+            draw(axes, theme)
+            buffer = io.BytesIO()
+            # Without metadata, the same numbers give the same bytes.
+            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+            images.append(buffer.getvalue())
+    return Picture(name, title, caption, textwrap.shorten(alt, 1500, placeholder=" …"), *images)
+
+
+@contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    settings: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "figure.facecolor": theme.page,
+        "axes.facecolor": theme.page,
+        "axes.edgecolor": theme.faint,
+        "axes.labelcolor": theme.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "text.color": theme.ink,
+        "xtick.color": theme.faint,
+        "ytick.color": theme.faint,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+    }
+    with rc_context(settings):
+        yield
+
+
+def draw_effects(axes: Axes, theme: Theme, rows: pd.DataFrame, palette: Palette) -> None:
+    """Draw effects as points with intervals, grouped by the number of labels."""
+    place, ticks, labels = 0.0, [], []
+    for _, group in rows.groupby("label_fraction", sort=False):
+        count = int(group["num_labelled_patients"].iloc[0])
+        axes.text(
+            0, place, f"{count} labelled {'patient' if count == 1 else 'patients'}",
+            transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8,
+            color=theme.faint, style="italic",
+        )  # fmt: skip
+        for _, row in group.iterrows():
+            place += 1
+            colour = palette.colour(row["init"], theme)
+            shown = row["verdict"] in (BETTER, WORSE)
+            axes.plot([row["ci_low"], row["ci_high"]], [place, place], color=colour, lw=2)
+            axes.plot(
+                row["effect"], place, palette.marker(row["init"]).replace(".", "o"), color=colour,
+                mfc=colour if shown else theme.page, mew=1.6, ms=6.5,
+            )  # fmt: skip
+            ticks.append(place)
+            labels.append(init_name(row["init"]))
+        place += 1.15
+    axes.axvline(0, color=theme.ink, lw=1)
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(place - 0.6, -0.7)
+    low, high = axes.get_xlim()
+    reach = max(abs(low), abs(high))
+    axes.set_xlim(-reach, reach)
+    axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def draw_curves(
+    axes: Axes, theme: Theme, table: pd.DataFrame, metric: str, palette: Palette
+) -> None:
+    """Draw performance over the number of labelled patients, with bands."""
+    axes.set_xscale("log")
+    ends = []
+    for init, rows in table.groupby("init", sort=False):
+        rows = rows.sort_values("num_labelled_patients")
+        colour = palette.colour(str(init), theme)
+        x, value = rows["num_labelled_patients"].to_numpy(), rows["value"].to_numpy()
+        axes.fill_between(x, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.13, lw=0)
+        axes.plot(x, value, marker=palette.marker(str(init)), color=colour, lw=1.8, ms=5.5)
+        ends.append((float(value[-1]), init_name(str(init)), colour))
+    counts = sorted(set(table["num_labelled_patients"]))
+    axes.xaxis.set_major_locator(FixedLocator(counts))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlabel("labelled patients (logarithmic)")
+    axes.set_ylabel(metric)
+    _label_ends(axes, float(counts[-1]), ends)
+
+
+def draw_layers(
+    axes: Axes,
+    theme: Theme,
+    table: pd.DataFrame,
+    chosen: pd.DataFrame,
+    metric: str,
+    palette: Palette,
+) -> None:
+    """Draw performance over the layers of the backbone, with bands."""
+    layers = list(dict.fromkeys(table["layer"]))
+    ends = []
+    for init, rows in table.groupby("init", sort=False):
+        rows = rows.set_index("layer").reindex(layers)
+        colour = palette.colour(str(init), theme)
+        places, value = np.arange(len(layers)), rows["value"].to_numpy()
+        axes.fill_between(
+            places, rows["ci_low"].to_numpy(), rows["ci_high"].to_numpy(), color=colour,
+            alpha=0.13, lw=0,
+        )  # fmt: skip
+        axes.plot(places, value, marker=palette.marker(str(init)), color=colour, lw=1.8, ms=5)
+        for names in chosen.loc[chosen["init"] == init, "layer"]:
+            for name in str(names).split("|"):
+                if name in layers:
+                    place = layers.index(name)
+                    axes.plot(place, value[place], "o", ms=11, mfc="none", mec=colour, mew=1.3)
+        ends.append((float(value[-1]), init_name(str(init)), colour))
+    axes.set_xticks(np.arange(len(layers)), layers)
+    axes.set_ylabel(metric)
+    _label_ends(axes, len(layers) - 1, ends)
+
+
+def draw_pretraining(
+    axes: Axes, theme: Theme, run: LoggedRun, metric: str, level: float | None, colour: str
+) -> None:
+    """Draw one metric of a pretraining over its steps."""
+    train, val = run.points.get(f"train/{metric}", []), run.points.get(f"val/{metric}", [])
+    if train:
+        steps, values = _smoothed(train)
+        axes.plot(steps, values, color=colour, lw=1.2, alpha=0.75)
+    if val:
+        steps, values = np.array(val, dtype=float).T
+        axes.plot(steps, values, "o", color=theme.ink, ms=4)
+        axes.plot(steps, values, color=theme.ink, lw=0.8, alpha=0.5)
+    if level is not None:
+        axes.axhline(level, color=theme.faint, lw=1, ls="--")
+        axes.text(
+            1, level, "guessing ", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+            fontsize=8, color=theme.faint,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel(metric)
+
+
+def draw_patients(
+    axes: Axes, theme: Theme, differences: dict[str, Array], palette: Palette
+) -> None:
+    """Draw the difference of every single test patient."""
+    for place, (init, values) in enumerate(differences.items()):
+        # Dots of equal value lie beside each other: a fixed zigzag, not noise.
+        order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+        offset = ((order * 7) % 11 - 5) / 11 * 0.5
+        colour = palette.colour(init, theme)
+        axes.plot(values, place + offset, "o", color=colour, ms=3.6, alpha=0.65, mew=0)
+        middle = float(np.median(values))
+        axes.plot([middle, middle], [place - 0.34, place + 0.34], color=theme.ink, lw=2)
+    axes.axvline(0, color=theme.ink, lw=1)
+    axes.set_yticks(range(len(differences)), [init_name(init) for init in differences])
+    axes.set_ylim(len(differences) - 0.45, -0.55)
+    axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write names beside the right ends of curves, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.062
+    ordered = sorted(ends)
+    places = [value for value, _, _ in ordered]
+    for number in range(1, len(places)):
+        places[number] = max(places[number], places[number - 1] + gap)
+    shift = (sum(places) - sum(value for value, _, _ in ordered)) / max(len(places), 1)
+    for (_, name, colour), place in zip(ordered, places, strict=True):
+        axes.annotate(
+            name, (x, place - shift), xytext=(9, 0), textcoords="offset points", va="center",
+            color=colour, fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _smoothed(points: list[tuple[int, float]]) -> tuple[np.ndarray, Array]:
+    steps, values = np.array(points, dtype=float).T
+    width = max(1, len(values) // 40)
+    kernel = np.ones(width) / width
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return steps, np.convolve(padded, kernel, mode="valid")

@@ -1,0 +1,185 @@
+"""What a report says of data, limits and provenance."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from medssl.reports.contents import Contents
+from medssl.reports.tables import init_name
+
+# Below these, an interval is wide or a verdict fragile, and the report says so.
+FEW_PATIENTS = 20
+FEW_SEEDS = 5
+
+Rows = list[tuple[str, str]]
+
+
+def warnings_of(contents: Contents) -> list[str]:
+    """Return what a reader must know before the verdict."""
+    found = []
+    overlap = int(contents.data.get("test_patients_in_pool") or 0)
+    if overlap:
+        found.append(
+            f"{overlap} test {_plural(overlap, 'patient was', 'patients were')} in the pretraining "
+            "pool. The comparison favours the pretrained inits."
+        )
+    stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
+    if stopped:
+        found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")
+    return found
+
+
+def limits(contents: Contents) -> list[str]:
+    """Return what this study cannot say."""
+    table = contents.comparisons if len(contents.comparisons) else contents.results
+    if not len(table):
+        return ["This run says how well puzzles are solved, not whether that helps a task."]
+    num_seeds, num_patients = int(table["num_seeds"].min()), int(table["num_patients"].min())
+    found = []
+    if num_seeds < FEW_SEEDS:
+        found.append(
+            f"Only {num_seeds} {_plural(num_seeds, 'seed', 'seeds')} for each cell: another "
+            f"training run may fall differently. At least {FEW_SEEDS} are needed for a verdict to "
+            "lean on."
+        )
+    if num_patients < FEW_PATIENTS:
+        found.append(
+            f"Only {num_patients} test {_plural(num_patients, 'patient', 'patients')}: intervals "
+            "are rough."
+        )
+    found += [
+        (
+            "The intervals speak about other patients of the same kind. They do not cover other "
+            "hospitals, scanners or tasks, nor other random seeds; the range over seeds stands in the "
+            "tables."
+        ),
+        (
+            "“No difference shown” does not mean equal: the interval says how large a difference "
+            "remains possible."
+        ),
+        (
+            "Each init was pretrained once. A recipe that was tuned longer may do better, for the "
+            "pretrained inits as for the reference."
+        ),
+    ]
+    return found
+
+
+def data_rows(contents: Contents) -> Rows:
+    """Return the data's summary."""
+    data = contents.data
+    if not data:
+        return []
+    splits = data.get("splits") or {}
+    spacing = data.get("spacing_mm")
+    modalities = data.get("modalities") or {}
+    rows = [
+        ("Data set", str(data.get("dataset") or "own scans")),
+        ("Licence", str(data.get("licence") or "")),
+        ("Scans used", _count(data.get("num_scans"))),
+        ("Patients", _count(data.get("num_patients"))),
+        ("Modalities", ", ".join(f"{key or 'not stated'} {n}" for key, n in modalities.items())),
+        ("Spacing", " × ".join(f"{mm:g}" for mm in spacing) + " mm" if spacing else "as scanned"),
+        (
+            "Patients for training, validation, test",
+            ", ".join(str(splits.get(part, "?")) for part in ("train", "val", "test")),
+        ),
+        ("Patients in the pretraining pool", _count(data.get("pretraining_pool"))),
+        ("Test patients in the pretraining pool", _count(data.get("test_patients_in_pool"))),
+        ("Digest of the index", _short(data.get("index_digest"))),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def rejection_rows(contents: Contents) -> Rows:
+    """Return how many files or series were not used, by reason."""
+    rejected = contents.data.get("rejected") or {}
+    return [
+        (str(reason).replace("_", " "), str(count))
+        for reason, count in sorted(rejected.items(), key=lambda item: -item[1])
+    ]
+
+
+def init_rows(contents: Contents) -> list[dict[str, str]]:
+    """Return what was loaded into the backbone for each init."""
+    rows = []
+    for name, report in (contents.provenance.get("inits") or {}).items():
+        adapted = report.get("adapted") or []
+        rows.append(
+            {
+                "init": init_name(str(name)),
+                "source": str(report.get("source", "")),
+                "loaded": f"{report.get('loaded', 0)} ({report.get('percent', 0):.0f} %)",
+                "adapted": "; ".join(f"{tensor}: {how}" for tensor, how in adapted) or "none",
+                "sha256": _short(report.get("sha256")),
+            }
+        )
+    return rows
+
+
+def provenance_rows(contents: Contents) -> Rows:
+    """Return when, where and with which code the run was made."""
+    facts = contents.provenance
+    machine = facts.get("machine") or {}
+    memory = machine.get("memory_gib")
+    described = [
+        str(machine.get("system", "")),
+        str(machine.get("processor", "")),
+        f"{machine['num_cores']} cores" if machine.get("num_cores") else "",
+        f"{memory:g} GiB memory" if isinstance(memory, int | float) else "",
+        ", ".join(machine.get("accelerators") or []) or ("no GPU" if machine else ""),
+    ]
+    rows = [
+        ("Started", _moment(facts.get("started"))),
+        ("Finished", _moment(facts.get("finished"))),
+        ("Took", _duration(facts.get("started"), facts.get("finished"))),
+        ("Interrupted and resumed", _count(facts.get("restarts") or None)),
+        ("Machine", ", ".join(part for part in described if part)),
+        ("Code", str(facts.get("git_commit") or "")),
+        ("Digest of the configuration", _short(facts.get("config_digest"))),
+        ("Digest of the prepared scans", _short(facts.get("store_digest"))),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def version_rows(contents: Contents) -> Rows:
+    """Return the versions of the packages that can change a result."""
+    versions: dict[str, Any] = contents.provenance.get("versions") or {}
+    return [(str(name), str(version)) for name, version in versions.items()]
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _short(digest: Any) -> str:
+    return f"{str(digest)[:16]}…" if digest else ""
+
+
+def _moment(text: Any) -> str:
+    moment = _parsed(text)
+    return moment.strftime("%Y-%m-%d %H:%M UTC") if moment else ""
+
+
+def _duration(started: Any, finished: Any) -> str:
+    first, last = _parsed(started), _parsed(finished)
+    if first is None or last is None:
+        return ""
+    seconds = max(0, round((last - first).total_seconds()))
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _parsed(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
