@@ -51,8 +51,8 @@ def limits(contents: Contents) -> list[str]:
     found += [
         (
             "The intervals speak about other patients of the same kind. They do not cover other "
-            "hospitals, scanners or tasks, nor other random seeds; the range over seeds stands in the "
-            "tables."
+            "hospitals, scanners or tasks, nor other random seeds; the range over seeds stands "
+            "beside them."
         ),
         (
             "“No difference shown” does not mean equal: the interval says how large a difference "

@@ -12,6 +12,7 @@ import pandas as pd
 from medssl.reports.contents import Contents, read_contents
 
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
+MIXED = "mixed"
 MINUS = "\N{MINUS SIGN}"
 
 # Fewer labels saved than this share of them is within what interpolation can invent.
@@ -38,7 +39,8 @@ class Verdict:
     """One answer: a task, a protocol and a number of labelled patients.
 
     Attributes:
-        outcome: of the pretrained inits together: better if any is, else worse if any is.
+        outcome: of the pretrained inits together: better if any is, worse if any is, mixed if
+            there are both, else no difference shown.
         sentence: the answer in words.
     """
 
@@ -223,7 +225,9 @@ def comparison_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
             "p_holm": p_text(row["p_holm"]),
             "verdict": row["verdict"],
         }
-        for _, row in table.sort_values("label_fraction", kind="stable").iterrows()
+        for _, row in table.sort_values(
+            ["label_fraction", "effect"], ascending=[True, False]
+        ).iterrows()
     ]
 
 
@@ -283,6 +287,8 @@ def _size(row: pd.Series) -> str:
 
 def _outcome(rows: pd.DataFrame) -> str:
     found = set(rows["verdict"])
+    if {BETTER, WORSE} <= found:
+        return MIXED
     return next((word for word in (BETTER, WORSE) if word in found), NO_DIFFERENCE)
 
 

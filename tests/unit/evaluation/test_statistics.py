@@ -153,10 +153,19 @@ def test_inits_on_different_backbones_are_refused() -> None:
         compare(table, num_resamples=10)
 
 
-def test_a_missing_reference_is_named_with_what_there_is() -> None:
-    table = predictions({"random": 0.0, "rotation": 0.0})
-    with pytest.raises(DataError, match=r"'imagenet' is not among the results \(random, rotation"):
-        compare(table)
+def test_without_the_reference_nothing_is_compared_and_the_log_says_so(caplog) -> None:
+    full = compare(predictions({"imagenet": 0.0, "rotation": 0.0}), num_resamples=10)
+    empty = compare(predictions({"random": 0.0, "rotation": 0.0}))
+    assert len(empty) == 0
+    assert list(empty.columns) == list(full.columns)
+    assert "'imagenet' is not among the results (random, rotation)" in caplog.text
+    assert "choose another reference" in caplog.text
+
+
+def test_few_resamples_do_not_keep_a_clear_difference_from_passing_holm() -> None:
+    gains = {"imagenet": 0.0, **{f"better{number}": 0.1 for number in range(60)}}
+    table = compare(predictions(gains, num_patients=15, seeds=(0,)), num_resamples=300)
+    assert (table["p_holm"] < 0.05).all()
 
 
 def test_inits_without_a_common_seed_are_refused() -> None:
