@@ -331,19 +331,18 @@ def _write_array(path: Path, array: npt.NDArray[Any], *, channels: bool) -> None
     # blosc2 refuses a block larger than its chunk, and a chunk larger than the array is waste.
     chunks = tuple(min(c, n) for c, n in zip((*lead, *_CHUNKS[spatial]), array.shape, strict=True))
     blocks = tuple(min(b, c) for b, c in zip((*lead, *_BLOCKS[spatial]), chunks, strict=True))
-    blosc2.asarray(
+    # Compressed in memory and then written: blosc2 itself does not say that a disk is full.
+    frame = blosc2.asarray(
         np.ascontiguousarray(array),
-        urlpath=str(path),
-        mode="w",
         chunks=chunks,
         blocks=blocks,
+        contiguous=True,
         cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=3, nthreads=1),
-    )
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    ).to_cframe()
+    with path.open("wb") as stream:
+        stream.write(frame)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -63,6 +63,7 @@ class CaseReader(Dataset[Case]):
             in training, and larger ones stay whole. ``allow_padding`` concerns training alone.
         divisor: each size is padded, evenly on both sides, to a multiple of this.
         slices: every slice, or only those that the mask labels (none, where it is empty).
+        max_slices: read no more than this many of them, evenly spaced through the scan.
         max_slices: at most so many slices of each scan, spread evenly from first to last.
 
     Raises:
@@ -150,6 +151,10 @@ class CaseReader(Dataset[Case]):
         indices = np.arange(entry.shape[across])
         if self.slices == "with_mask" and mask_S is not None:
             indices = indices[(mask_S > 0).any(axis=kept)]
+        if self.max_slices is not None and len(indices) > self.max_slices:
+            # The middles of equal parts: the first and last slices of a scan hold little.
+            parts = (np.arange(self.max_slices) + 0.5) * len(indices) / self.max_slices
+            indices = indices[parts.astype(int)]
         if self.max_slices is not None and len(indices) > self.max_slices:
             spread = np.linspace(0, len(indices) - 1, self.max_slices).round().astype(int)
             indices = indices[spread]

@@ -1,15 +1,17 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
 
-from medssl.errors import DataError
+from medssl.errors import DataError, MachineError
 from medssl.scans.store import Entry, Store, content_address
 from stores import make_store, numbered_volume
 
@@ -187,6 +189,35 @@ module.Store.create(module.Path({str(tmp_path)!r}), {{}}).put(entry("a1", "x"), 
     store.put(entry("a1", "x"), IMAGE)
     store.commit(["x"])
     np.testing.assert_array_equal(Store.open(tmp_path).read("a1"), IMAGE)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("mounting a small disk needs privileges that this user lacks")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_whole_scans_alone(small_disk: Path) -> None:
+    store = Store.create(small_disk / "s", {})
+    noise = np.random.default_rng(0).random((1, 64, 64, 64)).astype(np.float16)
+
+    def fill() -> None:
+        for number in range(9):
+            store.put(entry(f"a{number}", f"address-{number}"), noise)
+
+    with pytest.raises(MachineError, match=r"no space left on the disk.*start the same command"):
+        fill()
+    assert store.has("address-0")
+    assert list(small_disk.rglob(".part-*")) == []
 
 
 def test_the_address_follows_scan_preprocessing_and_masks() -> None:
