@@ -71,9 +71,15 @@ def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> li
         exclude: patterns such as ``labels/*`` on relative paths; what matches is not opened.
     """
     skip = leave_out.resolve() if leave_out else None
-    found = []
+    found: list[FoundFile] = []
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def closed(error: OSError) -> None:
+        """Give a folder that cannot be entered a row, lest its files be missed silently."""
+        relative = Path(os.fsdecode(error.filename)).relative_to(root).as_posix()
+        found.append(FoundFile(relative, 0, 0, "unreadable"))
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed):
         here = Path(folder)
         status = here.stat()
         identity = (status.st_dev, status.st_ino)
