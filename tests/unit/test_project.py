@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -72,6 +73,23 @@ def test_every_requirement_is_locked_inside_its_range(requirement: Requirement) 
 
 def test_every_line_of_the_lock_is_one_exact_version() -> None:
     assert all(re.fullmatch(r"[\w.+]+", version) for version in locked().values())
+
+
+def test_the_lock_is_complete() -> None:
+    # The Makefile installs it without resolving, so what it lacks would be missing.
+    wanted, seen = requirements(), set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) in seen:
+            continue
+        seen.add((name, *requirement.extras))
+        assert name in locked()
+        for text in importlib.metadata.requires(name) or []:
+            found = Requirement(text)
+            extras = ["", *requirement.extras]
+            if found.marker is None or any(found.marker.evaluate({"extra": e}) for e in extras):
+                wanted.append(found)
 
 
 def test_ray_is_no_part_of_the_lock() -> None:
