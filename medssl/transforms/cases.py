@@ -64,7 +64,6 @@ class CaseReader(Dataset[Case]):
         divisor: each size is padded, evenly on both sides, to a multiple of this.
         slices: every slice, or only those that the mask labels (none, where it is empty).
         max_slices: read no more than this many of them, evenly spaced through the scan.
-        max_slices: at most so many slices of each scan, spread evenly from first to last.
 
     Raises:
         DataError: a scan cannot answer the request, or ``with_mask`` is asked for without a mask.
@@ -155,9 +154,6 @@ class CaseReader(Dataset[Case]):
             # The middles of equal parts: the first and last slices of a scan hold little.
             parts = (np.arange(self.max_slices) + 0.5) * len(indices) / self.max_slices
             indices = indices[parts.astype(int)]
-        if self.max_slices is not None and len(indices) > self.max_slices:
-            spread = np.linspace(0, len(indices) - 1, self.max_slices).round().astype(int)
-            indices = indices[spread]
         return [
             (*full[:across], slice(index, index + 1), *full[across + 1 :])
             for index in indices.tolist()

@@ -76,9 +76,9 @@ def test_labelled_slices_need_a_mask(store: Store) -> None:
         CaseReader(store, ["a1"], SampleRequest(2, (8, 8), "axial"), slices="with_mask")
 
 
-def test_few_slices_are_spread_from_first_to_last(store: Store) -> None:
+def test_few_slices_are_the_middles_of_equal_parts(store: Store) -> None:
     request = SampleRequest(2, (8, 8), "axial")
-    assert CaseReader(store, ["a1"], request, max_slices=3).read("a1").slices == (0, 4, 8)
+    assert CaseReader(store, ["a1"], request, max_slices=3).read("a1").slices == (1, 4, 7)
     assert CaseReader(store, ["a1"], request, max_slices=99).read("a1").slices == tuple(range(9))
 
 
