@@ -1,8 +1,7 @@
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +16,8 @@ SHAPES = st.tuples(*(st.integers(2, 12),) * 3)
 PLANES = st.sampled_from(["sagittal", "coronal", "axial"])
 
 
-def temporary_store(shapes: list[tuple[int, ...]]) -> Store:
-    folder = Path(tempfile.mkdtemp(prefix="medssl-test-"))
+def temporary_store(folders: pytest.TempPathFactory, shapes: list[tuple[int, ...]]) -> Store:
+    folder = folders.mktemp("store")
     return make_store(folder, {f"k{i}": numbered_volume(s) for i, s in enumerate(shapes)})
 
 
@@ -29,8 +28,10 @@ def temporary_store(shapes: list[tuple[int, ...]]) -> Store:
     seed=st.integers(0, 2**31),
     epochs=st.integers(1, 3),
 )
-def test_every_epoch_is_a_permutation_whatever_the_batch(num_scans, size, seed, epochs) -> None:
-    store = temporary_store([(4, 4, 4)] * num_scans)
+def test_every_epoch_is_a_permutation_whatever_the_batch(
+    tmp_path_factory, num_scans, size, seed, epochs
+) -> None:
+    store = temporary_store(tmp_path_factory, [(4, 4, 4)] * num_scans)
     sampler = CropSampler(store, store.scan_keys, SampleRequest(3, (2, 2, 2)), seed, "p")
     steps = -(-num_scans * epochs // size)
     keys = [key for step in range(steps) for key in sampler.batch(step, size).scan_keys]
@@ -41,8 +42,10 @@ def test_every_epoch_is_a_permutation_whatever_the_batch(num_scans, size, seed, 
 
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, plane=PLANES, crop=st.tuples(st.integers(1, 14), st.integers(1, 14)))
-def test_a_crop_of_any_size_from_a_scan_of_any_size_holds_its_voxels(shape, plane, crop) -> None:
-    store = temporary_store([shape])
+def test_a_crop_of_any_size_from_a_scan_of_any_size_holds_its_voxels(
+    tmp_path_factory, shape, plane, crop
+) -> None:
+    store = temporary_store(tmp_path_factory, [shape])
     request = SampleRequest(2, crop, plane)
     images = CropSampler(store, ["k0"], request, 0, "p").batch(0, 2).images
     assert images.shape == (2, 1, *crop)
@@ -52,8 +55,8 @@ def test_a_crop_of_any_size_from_a_scan_of_any_size_holds_its_voxels(shape, plan
 
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, plane=PLANES, divisor=st.integers(1, 9))
-def test_unpadded_slices_stack_to_the_scan(shape, plane, divisor) -> None:
-    store = temporary_store([shape])
+def test_unpadded_slices_stack_to_the_scan(tmp_path_factory, shape, plane, divisor) -> None:
+    store = temporary_store(tmp_path_factory, [shape])
     case = CaseReader(store, ["k0"], SampleRequest(2, (3, 3), plane), divisor=divisor).read("k0")
     assert all(size % divisor == 0 for size in case.images.shape[2:])
     across = ("sagittal", "coronal", "axial").index(plane)
