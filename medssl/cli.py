@@ -61,7 +61,7 @@ def study(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Run a whole study: index, prepare, pretrain, transfer, compare, report.
+    r"""Run a whole study: index, prepare, pretrain, transfer, compare, report.
 
     \b
     medssl study configs/studies/demo.yaml
@@ -90,7 +90,7 @@ def pretrain(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Pretrain a backbone on the scans of an index.
+    r"""Pretrain a backbone on the scans of an index.
 
     \b
     medssl pretrain configs/pretrain/rotation.yaml training.steps=2000 --out runs/rotation
@@ -120,7 +120,7 @@ def transfer(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Evaluate inits on downstream tasks and compare them.
+    r"""Evaluate inits on downstream tasks and compare them.
 
     \b
     medssl transfer configs/transfer/segmentation.yaml --dry-run
@@ -148,7 +148,7 @@ def transfer(
 def index(
     config: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Index a folder of DICOM and NIfTI: a config file, or simply the folder.
+    r"""Index a folder of DICOM and NIfTI: a config file, or simply the folder.
 
     \b
     medssl index /archive/export
@@ -169,17 +169,12 @@ def index(
     with _progress(as_json) as progress:
         built = pipeline.run(loaded, out or Path("data/index"), progress=progress)
         keep_dataset_facts(loaded.folder, built.folder)
-    table = built.table
-    rejected = table[table["status"] == "rejected"]["reason"].value_counts()
-    _print(
-        {
-            "index": str(built.folder),
-            "scans": len(built.accepted),
-            "patients": int(built.accepted["patient_key"].nunique()),
-            "rejected": {str(reason): int(count) for reason, count in rejected.items()},
-        },
-        as_json,
-    )
+    if as_json:
+        _print({"index": str(built.folder), **built.summary}, as_json)
+        return
+    for line in pipeline.describe(built):
+        click.echo(line)
+    click.echo(f"Index: {built.folder}")
 
 
 @cli.command()
@@ -244,10 +239,10 @@ def sync(run: Path, as_json: bool) -> None:
         as_json,
     )
     if outcome.undelivered:
-        raise _Undelivered(outcome.problem)
+        raise _UndeliveredError(outcome.problem)
 
 
-class _Undelivered(MedsslError):
+class _UndeliveredError(MedsslError):
     exit_code = 4
 
     def __init__(self, problem: str) -> None:

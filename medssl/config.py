@@ -11,18 +11,18 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    SerializeAsAny,
+    SerializationInfo,
     ValidationError,
 )
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from medssl.errors import ConfigError
 
@@ -64,26 +64,46 @@ class Members(Protocol):
         """Return the class that a member's config is validated against."""
 
 
-def component(members: Members) -> Any:
-    """Return a field type: the config of one member of a registry, chosen by ``name``.
+class component:  # noqa: N801  (reads as a marker: Annotated[ComponentConfig, component(INITS)])
+    """Marks a field that holds the config of one member of a registry, chosen by ``name``.
 
-    ``rotation`` is short for ``{name: rotation}``.
+    ``rotation`` is short for ``{name: rotation}``. Use it as
+    ``Annotated[ComponentConfig, component(REGISTRY)]``.
     """
 
-    def validate(value: Any) -> Any:
-        if isinstance(value, Config):
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def __get_pydantic_core_schema__(
+        self, _source: Any, _handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        names = self._members.names()
+        configs = [
+            handler(self._members.config_class(name).__pydantic_core_schema__) for name in names
+        ]
+        return {"anyOf": [{"type": "string", "enum": names}, *configs]}
+
+    def _validate(self, value: Any) -> ComponentConfig:
+        members = self._members
+        if type(value) is ComponentConfig:  # a default, by name alone
+            value = value.name
+        if isinstance(value, ComponentConfig):
             return value
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise PydanticCustomError(
                 "component",
-                "give the {kind} as {form}; there are: {names}",
-                {
-                    "kind": members.kind,
-                    "form": "{name: …}",
-                    "names": ", ".join(members.names()),
-                },
+                "give the {kind} as {{name: …}}; there are: {names}",
+                {"kind": members.kind, "names": ", ".join(members.names())},
             )
         name = value["name"]
         if name not in members.names():
@@ -99,30 +119,15 @@ def component(members: Members) -> Any:
             )
         cls = members.config_class(name)
         try:
-            return cls.model_validate(value)
+            config: ComponentConfig = cls.model_validate(value)
         except ValidationError as error:
             nested = [(details, cls) for details in error.errors(include_url=False)]
             raise PydanticCustomError("nested", "nested", {"errors": nested}) from None
-
-    return Annotated[
-        SerializeAsAny[ComponentConfig], BeforeValidator(validate), _ComponentSchema(members)
-    ]
+        return config
 
 
-class _ComponentSchema:
-    """The JSON Schema of a component's field: a name alone, or any member's configuration."""
-
-    def __init__(self, members: Members) -> None:
-        self._members = members
-
-    def __get_pydantic_json_schema__(
-        self, _: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        names = self._members.names()
-        configs = [
-            handler(self._members.config_class(name).__pydantic_core_schema__) for name in names
-        ]
-        return {"anyOf": [{"type": "string", "enum": names}, *configs]}
+def _dump(value: ComponentConfig, info: SerializationInfo) -> dict[str, Any]:
+    return value.model_dump(mode=info.mode)
 
 
 def load_config(path: Path, cls: type[C], overrides: Sequence[str] = ()) -> C:

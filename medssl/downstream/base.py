@@ -68,7 +68,7 @@ class DownstreamTask(ABC):
         self.spatial_dims = spatial_dims
 
     @classmethod
-    def masks(cls, config: Any) -> dict[str, Path]:
+    def masks(cls, config: Any) -> dict[str, Path]:  # noqa: ARG003  (members read it)
         """Return the folders of masks to be prepared with the scans, by the mask's name."""
         return {}
 

@@ -53,7 +53,7 @@ class Segmentation(DownstreamTask):
         super().__init__(config, spatial_dims, index)
         self.classes = config.classes
         matched = match_masks(index, config.masks)
-        self.targets: Mapping[str, float] = {key: math.nan for key in sorted(matched)}
+        self.targets: Mapping[str, float] = dict.fromkeys(sorted(matched), math.nan)
         self._loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
     @classmethod

@@ -30,8 +30,9 @@ class UNetDecoder(nn.Module):
         out_channels: channels of the output.
         channels: feature maps of the levels, coarse to fine: one for every stage but the coarsest,
             and one for the image's own grid.
-        norm: ``instance`` (each image and channel alone), ``group`` (groups of 8 channels), or
-            ``batch``. The first two do not depend on the batch, nor differ in evaluation mode.
+        norm: ``group`` (groups of 8 channels), ``instance`` (each channel alone, which one voxel
+            cannot be), or ``batch``. The first two do not depend on the batch, nor differ in
+            evaluation mode.
 
     Raises:
         ConfigError: ``channels`` has not one entry a level.
@@ -42,7 +43,7 @@ class UNetDecoder(nn.Module):
         backbone: Backbone,
         out_channels: int,
         channels: tuple[int, ...] | None = None,
-        norm: Literal["instance", "group", "batch"] = "instance",
+        norm: Literal["group", "instance", "batch"] = "group",
     ) -> None:
         super().__init__()
         dims = backbone.spatial_dims

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -14,10 +14,11 @@ from medssl.config import ComponentConfig, Config, component
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
-from medssl.models.checkpoints import CONTRACT_FILE, Contract, save_checkpoint
+from medssl.models.checkpoints import CONTRACT_FILE, Contract, load_contract, save_checkpoint
 from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
+from medssl.pipelines.contract import image_contract
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
@@ -85,9 +86,9 @@ class PretrainConfig(PretrainSection):
     store: Path | None = None
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
-    backbone: component(BACKBONES)  # type: ignore[valid-type]
-    init: component(INITS) = ComponentConfig(name="random")  # type: ignore[valid-type]
-    pretext: component(PRETEXT_TASKS)  # type: ignore[valid-type]
+    backbone: Annotated[ComponentConfig, component(BACKBONES)]
+    init: Annotated[ComponentConfig, component(INITS)] = ComponentConfig(name="random")
+    pretext: Annotated[ComponentConfig, component(PRETEXT_TASKS)]
     splits: SplitConfig = SplitConfig()
     device: str = "auto"
     include_images: bool = False
@@ -160,7 +161,7 @@ def run(
             splits.write(out / "splits.json")
             pretrain_backbone(
                 job, index, store, splits, out / "checkpoints" / "backbone", handle, progress,
-                pictures=out / "figures" / "pretext_backbone.png" if config.include_images else None,
+                out / "figures" / "pretext_backbone.png" if config.include_images else None,
             )  # fmt: skip
             folder.finish()
             build_report(out)
@@ -228,7 +229,11 @@ def pretrain_backbone(
     request = task.request(job.sampling.request())
     training = job.section.training
     backbone, report = build_backbone(
-        job.backbone, job.init, in_channels=request.in_channels, seed=job.seed
+        job.backbone,
+        job.init,
+        in_channels=request.in_channels,
+        seed=job.seed,
+        expected=image_contract(store, request),
     )
     handle.tag("init_report", str(report))
     network = build_network(backbone, task, derive_seed(job.seed, "head", job.label))
@@ -253,7 +258,7 @@ def pretrain_backbone(
         device=job.device,
         augmentation=job.section.augmentation,
         log=log,
-        validate=lambda step: _validate(network, task, validation, job),
+        validate=lambda _: _validate(network, task, validation, job),
         save=lambda: state.save(folder / _STATE_FILE),
     )
     if pictures is not None:
@@ -298,26 +303,27 @@ def _contract(
     pool: Sequence[str],
     init: dict[str, Any],
 ) -> Contract:
-    preprocessing = PreprocessingConfig.model_validate(store.preprocessing)
     return Contract(
-        spacing_mm=preprocessing.spacing_mm,
-        orientation=preprocessing.orientation,
-        axis_order="CXYZ" if request.spatial_dims == 3 else "CXY",
-        intensity=preprocessing.intensity.model_dump(mode="json"),
+        **image_contract(store, request),
         in_channels=request.in_channels,
         spatial_dims=request.spatial_dims,
-        plane=request.plane,
         backbone=backbone.config.model_dump(mode="json"),
         init=init,
         pretext=job.pretext.model_dump(mode="json"),
         index_digest=index.digest,
         store_digest=store.digest,
-        patients=tuple(pool),
+        patients=tuple(sorted({*pool, *_earlier_patients(job.init)})),
         seed=job.seed,
         steps=job.section.training.steps,
         package_versions=package_versions(),
         git_commit=git_commit(),
     )
+
+
+def _earlier_patients(init: ComponentConfig) -> tuple[str, ...]:
+    """Return the patients that an init was itself pretrained on."""
+    path = getattr(init, "path", None)
+    return load_contract(path).patients if init.name == "checkpoint" and path else ()
 
 
 def _scans(store: Store, patients: Sequence[str]) -> list[str]:

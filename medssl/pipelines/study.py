@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -51,8 +51,8 @@ class StudyInit(Config):
         pretrain: replaces the study's own ``pretrain`` section for this init.
     """
 
-    init: component(INITS) = ComponentConfig(name="random")  # type: ignore[valid-type]
-    pretext: component(PRETEXT_TASKS) | None = None  # type: ignore[valid-type]
+    init: Annotated[ComponentConfig, component(INITS)] = ComponentConfig(name="random")
+    pretext: Annotated[ComponentConfig, component(PRETEXT_TASKS)] | None = None
     pretrain: PretrainSection | None = None
 
 
@@ -82,7 +82,7 @@ class StudyConfig(EvaluationSection):
     workspace: Path = Path("data/workspace")
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
-    backbone: component(BACKBONES)  # type: ignore[valid-type]
+    backbone: Annotated[ComponentConfig, component(BACKBONES)]
     pretrain: PretrainSection | None = None
     inits: dict[str, StudyInit] = Field(min_length=2)
     device: str = "auto"

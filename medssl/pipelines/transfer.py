@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ from medssl.models.checkpoints import load_contract
 from medssl.models.inits import INITS
 from medssl.models.inits.base import LoadReport
 from medssl.pipelines import compare, prepare
+from medssl.pipelines.contract import image_contract
 from medssl.pipelines.facts import data_facts
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
@@ -38,8 +40,8 @@ from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.loop import select_device
 from medssl.transforms.preprocessing import PreprocessingConfig
 
-TaskConfig = component(DOWNSTREAM_TASKS)
-ProtocolConfig = component(PROTOCOLS)
+TaskConfig = Annotated[ComponentConfig, component(DOWNSTREAM_TASKS)]
+ProtocolConfig = Annotated[ComponentConfig, component(PROTOCOLS)]
 
 
 class EvaluationSection(Config):
@@ -55,8 +57,8 @@ class EvaluationSection(Config):
             test patients; the report then says so.
     """
 
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)  # type: ignore[valid-type]
-    protocols: tuple[ProtocolConfig, ...] = Field(min_length=1)  # type: ignore[valid-type]
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    protocols: tuple[ProtocolConfig, ...] = Field(min_length=1)
     matrix: MatrixConfig
     splits: SplitConfig = SplitConfig()
     statistics: StatisticsConfig = StatisticsConfig()
@@ -93,8 +95,8 @@ class TransferConfig(EvaluationSection):
     store: Path | None = None
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
-    backbone: component(BACKBONES)  # type: ignore[valid-type]
-    inits: dict[str, component(INITS)] = Field(min_length=2)  # type: ignore[valid-type]
+    backbone: Annotated[ComponentConfig, component(BACKBONES)]
+    inits: dict[str, Annotated[ComponentConfig, component(INITS)]] = Field(min_length=2)
     device: str = "auto"
     tracking: TrackingConfig = TrackingConfig()
 
@@ -145,20 +147,13 @@ class Evaluation:
 
     def new_backbone(self, init: str, seed: int) -> Backbone:
         """Return a fresh backbone with an init's weights, under the study's contract."""
-        preprocessing = PreprocessingConfig.model_validate(self.store.preprocessing)
         request = self.sampling.request()
         backbone, report = build_backbone(
             self.backbone,
             self.inits[init],
             in_channels=request.in_channels,
             seed=derive_seed(self.seed, "init", seed),
-            expected={
-                "spacing_mm": preprocessing.spacing_mm,
-                "orientation": preprocessing.orientation,
-                "intensity": preprocessing.intensity.model_dump(mode="json"),
-                "axis_order": "CXYZ" if request.spatial_dims == 3 else "CXY",
-                "plane": request.plane,
-            },
+            expected=image_contract(self.store, request),
         )
         self.reports[init] = report
         return backbone
@@ -277,7 +272,7 @@ def labelled_patients(tasks: Mapping[str, DownstreamTask], index: Index) -> dict
         strata: dict[str, Any] = {}
         for scan_key in sorted(task.targets):
             target = task.targets[scan_key]
-            strata.setdefault(owner[scan_key], None if target != target else int(target))
+            strata.setdefault(owner[scan_key], None if math.isnan(target) else int(target))
         if found is None:
             found = strata
         else:

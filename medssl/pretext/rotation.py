@@ -13,6 +13,7 @@ from itertools import permutations, product
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,13 +34,13 @@ class Config(PretextConfig):
             three axes; ``cube``, all 24 proper rotations. Default: in_plane in 2D, cube in 3D.
         views: rotations of each image in a batch: ``all``, or a number of different ones drawn at
             random. Default: all in 2D, 2 in 3D.
-        hidden: units of the head's hidden layer; 0 for a linear head.
+        hidden: units of the hidden layer of the head; none for a linear head.
     """
 
     name: Literal["rotation"] = "rotation"
     turns: Literal["in_plane", "axes", "cube"] | None = None
     views: Literal["all"] | int | None = None
-    hidden: int = 0
+    hidden: int | None = Field(default=None, ge=1)
 
 
 def rotation_matrices(spatial_dims: int, turns: str) -> Tensor:

@@ -185,7 +185,7 @@ def train(
             output = state.network(batch)
             loss = objective.loss(output, batch)
         state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        state.scaler.scale(loss).backward()
         if config.gradient_clip:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.network.parameters(), config.gradient_clip)

@@ -6,6 +6,7 @@ same batches and the same budget. Nothing but the backbone's starting weights di
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Setting:
         for key in self.scans_of([*self.splits.train, *self.splits.val, *self.splits.test]):
             target = self.task.targets[key]
             patient = self.store.entry(key).patient_key
-            strata.setdefault(patient, None if target != target else int(target))
+            strata.setdefault(patient, None if math.isnan(target) else int(target))
         return strata
 
     def cases(self, scan_keys: Sequence[str], max_slices: int | None = None) -> CaseReader:

@@ -59,7 +59,7 @@ class FineTune(Protocol):
         val_scans = setting.scans_of(setting.splits.val)
         best: dict[str, Any] = {"score": -float("inf"), "weights": None}
 
-        def validate(step: int) -> dict[str, float]:
+        def validate(_: int) -> dict[str, float]:
             scores = predict(network, setting, val_scans, self.config.validation_slices)
             score = setting.score(val_scans, scores)
             if score > best["score"]:

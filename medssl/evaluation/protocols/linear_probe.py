@@ -77,10 +77,10 @@ def fit_logistic(
         solver.zero_grad()
         fit = functional.cross_entropy(rows @ weight + bias, targets)
         loss = fit + 0.5 * strength * (weight**2).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     return weight.detach(), bias.detach()
 
 
