@@ -293,7 +293,7 @@ def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
         raise DataError("there are no predictions yet. Run the transfer first.")
     table = predictions.copy()
     for name in ("pretext", "layer"):
-        table[name] = table[name].fillna("")
+        table[name] = table[name].astype(object).fillna("")
     table["selected"] = table["selected"].astype(bool)
     return table
 

@@ -14,6 +14,10 @@ from medssl.errors import DataError
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
 PRETRAIN_PREFIX = "pretrain/"
+_TEXT_COLUMNS = (
+    "init", "pretext", "reference", "backbone", "task", "task_kind", "protocol", "layer", "metric",
+    "verdict",
+)  # fmt: skip
 
 
 @dataclass
@@ -127,10 +131,10 @@ def _predictions(path: Path) -> pd.DataFrame:
 def _table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame()
-    table = pd.read_csv(path)
-    for name in ("pretext", "layer"):  # CSV cannot tell an empty text from a missing one
-        if name in table:
-            table[name] = table[name].fillna("").astype(str)
+    texts = dict.fromkeys(_TEXT_COLUMNS, str)
+    table = pd.read_csv(path, dtype=texts)
+    for name in set(_TEXT_COLUMNS) & set(table.columns):  # CSV: an empty text reads as missing
+        table[name] = table[name].fillna("")
     return table
 
 

@@ -227,3 +227,11 @@ def test_two_inits_with_equal_predictions_show_no_difference() -> None:
     twin = table.assign(init="twin")
     row = compare(pd.concat([table, twin]), num_resamples=200).iloc[0]
     assert (row["effect"], row["ci_low"], row["ci_high"], row["p_value"]) == (0, 0, 0, 1)
+
+
+def test_inits_without_any_pretext_may_leave_the_column_empty() -> None:
+    table = predictions({"imagenet": 0.0, "random": 0.0}, seeds=(0,)).assign(
+        pretext=np.nan, layer=None
+    )
+    assert list(compare(table, num_resamples=50)["init"]) == ["random"]
+    assert list(estimate(table, num_resamples=50)["layer"]) == ["", ""]

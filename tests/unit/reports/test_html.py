@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from medssl.errors import DataError
+from medssl.reports.html import build_report
+from tests.unit.reports.run_folder import write_journal
+
+VOID = {"meta", "img", "source", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and checks that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if not self.stack or self.stack[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page(folder: Path) -> Page:
+    return Page(build_report(folder).read_text(encoding="utf-8"))
+
+
+def reported(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_verdict_comes_before_all_evidence(reported_run: Path) -> None:
+    text = reported(reported_run).text
+    sections = ["Verdict", "Evidence", "Pretraining", "Method", "Data and limits", "Reproduce"]
+    places = [text.index(f" {title} ") for title in sections]
+    assert places == sorted(places)
+    assert "With 3 labelled patients, inpainting beats ImageNet by +0.0" in text
+
+
+def test_the_file_reaches_for_nothing_outside_itself(reported_run: Path) -> None:
+    text = (reported_run / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    for tag, attributes in Page(text).tags:
+        assert tag not in {"script", "link", "iframe"}
+        for name in ("src", "srcset", "href"):
+            value = attributes.get(name, "#")
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, value[:40])
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_every_image_says_its_content_in_words(reported_run: Path) -> None:
+    images = [attributes for tag, attributes in reported(reported_run).tags if tag == "img"]
+    assert len(images) >= 10
+    assert all(len(attributes["alt"]) > 20 for attributes in images)
+
+
+def test_every_figure_exists_for_light_and_dark_pages_and_as_png(reported_run: Path) -> None:
+    tags = reported(reported_run).tags
+    dark = [attributes["srcset"] for tag, attributes in tags if tag == "source"]
+    figures = sorted(path.stem for path in (reported_run / "figures").glob("*.png"))
+    assert len(dark) == len([name for name in figures if not name.startswith("pretext_")])
+    assert {
+        "effect_hippocampus_fine_tune",
+        "labels_hippocampus_linear_probe",
+        "layers_hippocampus_linear_probe",
+        "patients_hippocampus_fine_tune",
+        "pretrain_rotation_accuracy",
+        "pretext_rotation",
+    } <= set(figures)
+    png = base64.b64decode(dark[0].partition(",")[2])
+    assert png.startswith(b"\x89PNG")
+
+
+def test_the_same_run_gives_the_same_bytes(light_run: Path) -> None:
+    assert build_report(light_run).read_bytes() == build_report(light_run).read_bytes()
+
+
+def test_synthetic_data_are_announced_before_anything_else(light_run: Path) -> None:
+    assert "Synthetic data prove nothing" not in page(light_run).text
+    facts = json.loads((light_run / "data.json").read_text())
+    (light_run / "data.json").write_text(json.dumps({**facts, "synthetic": True}))
+    text = page(light_run).text
+    assert text.index("Synthetic data prove nothing") < text.index(
+        "Does pretraining on these scans"
+    )
+
+
+def test_test_patients_in_the_pretraining_pool_are_announced(light_run: Path) -> None:
+    facts = json.loads((light_run / "data.json").read_text())
+    (light_run / "data.json").write_text(json.dumps({**facts, "test_patients_in_pool": 3}))
+    text = page(light_run).text
+    warning = "3 test patients were in the pretraining pool"
+    assert text.index(warning) < text.index(" Evidence ")
+
+
+def test_few_seeds_are_named_as_a_limit(reported_run: Path) -> None:
+    assert "Only 2 seeds for each cell" in reported(reported_run).text
+
+
+def test_data_rejections_and_provenance_are_told(reported_run: Path) -> None:
+    text = reported(reported_run).text
+    for fact in (
+        "missing slice", "78, 7, 45", "1 × 1 × 1 mm", "CC-BY-SA-4.0", "11 min 30 s",
+        "medssl study configs/studies/demo.yaml", "2 cores, 8 GiB memory, no GPU",
+        "three colours summed into one channel", "311 (100 %)",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_names_from_files_cannot_become_markup(light_run: Path) -> None:
+    config = (light_run / "config.yaml").read_text()
+    (light_run / "config.yaml").write_text(
+        config.replace("name: hippocampus", "name: '<script>alert(1)</script>'")
+    )
+    text = build_report(light_run).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_pretraining_alone_gets_a_report_without_a_verdict(tmp_path: Path) -> None:
+    write_journal(tmp_path)
+    text = page(tmp_path).text
+    assert "No verdict: this run pretrained a backbone and did not evaluate it." in text
+    assert "inpainting: psnr" in text
+
+
+def test_a_folder_without_any_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither results.csv nor journal.jsonl is in it"):
+        build_report(tmp_path)
+
+
+def test_a_damaged_data_file_is_named(light_run: Path) -> None:
+    (light_run / "data.json").write_text("{")
+    with pytest.raises(DataError, match=r"data.json in the run folder is not valid JSON"):
+        build_report(light_run)
+
+
+def test_building_a_report_imports_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, medssl.reports.html; "
+        "print(sorted({'torch', 'monai', 'mlflow', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

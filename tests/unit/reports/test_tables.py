@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from medssl.reports.contents import Contents, read_contents
+from medssl.reports.tables import (
+    headline,
+    labels_saved,
+    p_text,
+    signed,
+    verdict_lines,
+    verdicts,
+)
+
+
+def contents(
+    comparisons: list[dict[str, Any]], results: list[dict[str, Any]] | None = None
+) -> Contents:
+    shared = {
+        "reference": "imagenet",
+        "task": "hippocampus",
+        "protocol": "fine_tune",
+        "label_fraction": 0.04,
+        "num_labelled_patients": 3,
+        "metric": "dice",
+        "ci_low": 0.008,
+        "ci_high": 0.034,
+        "num_seeds": 2,
+        "num_patients": 45,
+    }
+    table = pd.DataFrame([{**shared, "pretext": row["init"], **row} for row in comparisons])
+    return Contents(
+        Path("hippocampus"), {}, "", pd.DataFrame(results or []), table, pd.DataFrame(), {}, {}, []
+    )
+
+
+BETTER = {"init": "inpainting", "effect": 0.021, "verdict": "better"}
+UNCLEAR = {
+    "init": "rotation", "effect": 0.004, "ci_low": -0.008, "ci_high": 0.016,
+    "verdict": "no difference shown",
+}  # fmt: skip
+WORSE = {
+    "init": "jigsaw", "effect": -0.02, "ci_low": -0.03, "ci_high": -0.01, "verdict": "worse",
+}  # fmt: skip
+RANDOM = {"init": "random", "pretext": "", "effect": -0.05, "verdict": "worse"}
+
+
+def sentence(*rows: dict[str, Any]) -> str:
+    (verdict,) = verdicts(contents(list(rows)))
+    return verdict.sentence
+
+
+def test_a_gain_is_said_with_its_size_and_interval() -> None:
+    assert sentence(BETTER, RANDOM) == (
+        "With 3 labelled patients, inpainting beats ImageNet by +0.021 Dice "
+        "(95 % CI +0.008 to +0.034)."
+    )
+
+
+def test_a_loss_is_said_as_plainly_as_a_gain() -> None:
+    assert sentence(WORSE) == (
+        "With 3 labelled patients, jigsaw is worse than ImageNet by 0.020 Dice "
+        "(95 % CI −0.030 to −0.010)."
+    )
+
+
+def test_no_difference_is_said_with_what_remains_possible() -> None:
+    assert sentence(UNCLEAR) == (
+        "With 3 labelled patients, no difference from ImageNet is shown for rotation "
+        "(+0.004 Dice, 95 % CI −0.008 to +0.016)."
+    )
+
+
+def test_mixed_outcomes_are_called_mixed() -> None:
+    (verdict,) = verdicts(contents([WORSE, BETTER, UNCLEAR]))
+    assert verdict.outcome == "mixed"
+    assert "inpainting beats ImageNet" in verdict.sentence
+    assert "; jigsaw is worse by 0.020 Dice" in verdict.sentence
+    assert "; no difference is shown for rotation" in verdict.sentence
+
+
+def test_one_labelled_patient_is_not_patients() -> None:
+    assert sentence({**BETTER, "num_labelled_patients": 1}).startswith("With 1 labelled patient,")
+
+
+@pytest.mark.parametrize(
+    ("rows", "start"),
+    [
+        ([BETTER], "Yes, in the one comparison"),
+        ([WORSE, RANDOM], "No, in the one comparison"),
+        ([UNCLEAR], "Not shown, in the one comparison"),
+        ([BETTER, {**BETTER, "init": "jigsaw"}], "Yes, always. Of 2 comparisons"),
+        ([BETTER, UNCLEAR], "In part. Of 2 comparisons with ImageNet, pretraining was better in 1"),
+        ([BETTER, WORSE], "It depends."),
+        ([WORSE, UNCLEAR], "No."),
+        ([UNCLEAR, {**UNCLEAR, "init": "jigsaw"}], "Not shown."),
+        ([RANDOM], "No init of this study was pretrained"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_comparisons(rows: list[Any], start: str) -> None:
+    assert headline(contents(rows)).startswith(start)
+
+
+def test_without_comparisons_the_headline_says_why() -> None:
+    assert "did not evaluate it" in headline(contents([]))
+    results = [{"init": "random"}, {"init": "rotation"}]
+    assert "nothing here can be compared with ImageNet (inits of this study: random, rotation)" in (
+        headline(contents([], results))
+    )
+
+
+def curve(init: str, values: dict[int, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "init": init, "pretext": "" if init == "imagenet" else init, "task": "hippocampus",
+            "protocol": "fine_tune", "selected": True, "label_fraction": count / 100,
+            "num_labelled_patients": count, "metric": "dice", "value": value,
+        }
+        for count, value in values.items()
+    ]  # fmt: skip
+
+
+def test_labels_saved_are_interpolated_on_a_logarithmic_scale() -> None:
+    table = curve("imagenet", {10: 0.7, 100: 0.8}) + curve("rotation", {10: 0.75, 100: 0.85})
+    (line,) = labels_saved(contents([], table))
+    # Half way from .75 to .85 lies at the square root of 10 x 100.
+    assert "rotation reaches with about 32 labelled patients what ImageNet reaches with 100" in line
+
+
+def test_labels_hardly_saved_are_not_mentioned() -> None:
+    table = curve("imagenet", {10: 0.7, 100: 0.8}) + curve("rotation", {10: 0.7, 100: 0.801})
+    assert labels_saved(contents([], table)) == []
+
+
+def test_numbers_carry_a_real_minus_and_never_a_false_zero() -> None:
+    assert (signed(-0.0204), signed(0.0204), signed(-0.0001)) == ("−0.020", "+0.020", "0.000")
+    assert (signed(float("nan")), p_text(0.0), p_text(0.04)) == ("?", "< 0.001", "0.040")
+
+
+def test_a_terminal_gets_one_sentence_a_verdict(finished_run: Path) -> None:
+    lines = verdict_lines(finished_run)
+    assert len(lines) == 6
+    assert lines[0].startswith("hippocampus, fine-tuning: With 3 labelled patients, inpainting bea")
+    assert len(verdicts(read_contents(finished_run))) == 6
