@@ -22,7 +22,10 @@ help: ## List the targets
 setup: $(INSTALLED) ## Make .venv and install the locked packages and medssl into it
 
 demo: $(INSTALLED) ## Run the whole road on real MR scans: index, pretrain, transfer, report
-	$(BIN)/medssl study configs/studies/demo.yaml
+	@if $(BIN)/medssl datasets fetch hippocampus; then study=demo; else \
+	  echo; echo "No real scans are within reach: SYNTHETIC DATA, WHICH PROVE NOTHING."; echo; \
+	  $(BIN)/medssl datasets fetch phantom && study=phantom; fi && \
+	$(BIN)/medssl study configs/studies/$$study.yaml
 
 test: $(INSTALLED) ## Run the tests that need no GPU; PYTEST_ARGS="-k rotation" narrows them
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/benchmarks $(PYTEST_ARGS)

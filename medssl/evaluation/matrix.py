@@ -92,7 +92,7 @@ def run_cells(
     folder: Path,
     setting_of: Callable[[str, str], Setting],
     run_cell: Callable[[Cell, Setting], None],
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int, str], None],
 ) -> None:
     """Run the cells that are not finished.
 
@@ -101,20 +101,21 @@ def run_cells(
         folder: holds one file a finished cell.
         setting_of: (task, init) -> what the cells of that pair share; asked for once a pair.
         run_cell: runs one cell and writes its file.
-        progress: receives (cells done, all cells).
+        progress: receives (cells done, all cells, the cell that is run next).
     """
     remaining = unfinished(folder, cells)
     done = len(cells) - len(remaining)
-    progress(done, len(cells))
+    progress(done, len(cells), "")
     current: tuple[str, str] | None = None
     setting: Setting | None = None
     for cell in remaining:
+        progress(done, len(cells), cell.key)
         if setting is None or (cell.task, cell.init) != current:
             current = (cell.task, cell.init)
             setting = setting_of(cell.task, cell.init)  # the last one's features are let go
         run_cell(cell, setting)
         done += 1
-        progress(done, len(cells))
+    progress(done, len(cells), "")
 
 
 def collect(folder: Path, cells: Sequence[Cell]) -> pd.DataFrame:

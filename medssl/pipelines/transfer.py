@@ -371,7 +371,7 @@ def evaluate(
         cells_folder,
         evaluation.setting,
         run_cell,
-        lambda done, total: progress("transfer", done, total),
+        lambda done, total, note: progress("transfer", done, total, note),
     )
     folder.note_inits({label: report.to_dict() for label, report in evaluation.reports.items()})
     predictions = collect(cells_folder, cells)
