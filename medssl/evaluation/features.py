@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medssl.models.backbones.base import Backbone
-from medssl.transforms.cases import Case
+from medssl.models.backbones.base import Backbone, Stage
+from medssl.transforms.cases import CaseReader
 
 _CHUNK = 32
 """Slices that go through the backbone at once."""
@@ -33,7 +33,7 @@ class CaseFeatures:
 
 def extract_features(
     backbone: Backbone,
-    cases: Iterable[Case],
+    cases: CaseReader,
     *,
     device: torch.device,
     dense: bool,
@@ -46,10 +46,13 @@ def extract_features(
         cases: scans, or the slices read of them.
         device: where the backbone is.
         dense: keep the maps; otherwise pool each stage to at most ``max_features`` numbers
-            (Goyal et al. 2019 pool to about 9,000) and average over the slices.
+            (Goyal et al. 2019 pool to about 9,000), as many for every scan whatever its size, and
+            average over the slices.
         max_features: see ``dense``.
     """
     backbone.eval()
+    crop_size = cases.request.crop_size  # cases are padded to it, so none is smaller
+    grids = {stage.name: _grid(stage, crop_size, max_features) for stage in backbone.stages}
     found: dict[str, CaseFeatures] = {}
     with torch.inference_mode():
         for case in cases:
@@ -57,7 +60,7 @@ def extract_features(
             for images in case.images.split(_CHUNK):
                 outputs = backbone(images.to(device, non_blocking=True))
                 for stage, output in zip(backbone.stages, outputs, strict=True):
-                    kept = output if dense else _pool(output, max_features)
+                    kept = output if dense else _pool(output, grids[stage.name])
                     parts[stage.name].append(kept.half() if dense else kept.float())
             layers = {name: torch.cat(part).cpu() for name, part in parts.items()}
             if not dense:
@@ -66,11 +69,14 @@ def extract_features(
     return found
 
 
-def _pool(maps: Tensor, max_features: int) -> Tensor:
-    """Average maps (B, C, ...) over a grid as fine as ``max_features`` allows; (B, D)."""
-    dims = maps.ndim - 2
-    side = max(1, int((max_features / maps.shape[1]) ** (1 / dims)))
-    grid = [min(side, size) for size in maps.shape[2:]]
-    if dims == 2:
+def _grid(stage: Stage, crop_size: Sequence[int], max_features: int) -> list[int]:
+    """Return how many cells along each axis a stage is pooled to, the same for every scan."""
+    side = max(1, int((max_features / stage.channels) ** (1 / len(crop_size))))
+    return [min(side, -(-size // step)) for size, step in zip(crop_size, stage.stride, strict=True)]
+
+
+def _pool(maps: Tensor, grid: list[int]) -> Tensor:
+    """Average maps (B, C, ...) over the cells of a grid; (B, D)."""
+    if maps.ndim == 4:
         return functional.adaptive_avg_pool2d(maps, grid).flatten(1)  # type: ignore[arg-type]
     return functional.adaptive_avg_pool3d(maps, grid).flatten(1)  # type: ignore[arg-type]
