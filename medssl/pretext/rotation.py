@@ -8,6 +8,7 @@ would give the answer away by its blur and corners.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import permutations, product
 from typing import Literal
@@ -63,16 +64,9 @@ def rotation_matrices(spatial_dims: int, turns: str) -> Tensor:
     if turns == "in_plane":
         cube = [matrix for matrix in cube if matrix[2, 2] == 1]
     elif turns == "axes":
+        # A 1 on the diagonal: the turn leaves that axis as it is.
         cube = [matrix for matrix in cube if 1 in matrix.diagonal().tolist()]
-        cube = [matrix for matrix in cube if _fixes_an_axis(matrix)]
     return torch.stack(cube)
-
-
-def _fixes_an_axis(matrix: Tensor) -> bool:
-    """Tell whether a turn leaves one coordinate axis as it is (turns about X, Y or Z)."""
-    return any(
-        int(matrix[axis, axis]) == 1 and int(matrix[axis].abs().sum()) == 1 for axis in range(3)
-    )
 
 
 def rotate(images: Tensor, matrices: Tensor) -> Tensor:
@@ -114,7 +108,9 @@ class Rotation(PretextTask):
         self.turns = turns
         self.matrices = rotation_matrices(spatial_dims, turns)
         self.num_classes = len(self.matrices)
-        views = config.views or ("all" if spatial_dims == 2 else 2)
+        views = config.views
+        if views is None:
+            views = "all" if spatial_dims == 2 else 2
         self.views = self.num_classes if views == "all" else int(views)
         if not 1 <= self.views <= self.num_classes:
             raise ConfigError(
@@ -150,11 +146,17 @@ class Rotation(PretextTask):
     def _balanced_labels(
         self, num_images: int, device: torch.device, generator: torch.Generator
     ) -> Tensor:
-        """Draw labels so that every turn comes up equally often (to within one) in a batch."""
+        """Draw labels: different ones for each image, every turn equally often in a batch.
+
+        Equally often means to within one.
+        """
         count = num_images * self.views
-        rounds = -(-count // self.num_classes)
-        order = torch.rand(rounds, self.num_classes, device=device, generator=generator).argsort(1)
-        return order.reshape(-1)[:count]
+        # Each order of the turns is dealt out again and again until an image's share ends with it:
+        # with a fresh one in the middle of an image, a turn could come twice.
+        dealt = math.lcm(self.num_classes, self.views)
+        shape = (-(-count // dealt), self.num_classes)
+        order = torch.rand(shape, device=device, generator=generator).argsort(1)
+        return order.repeat(1, dealt // self.num_classes).reshape(-1)[:count]
 
     def build_head(self, backbone: Backbone) -> nn.Module:
         return PooledHead(backbone.stages[-1].channels, self.num_classes, self.config.hidden)
