@@ -102,7 +102,7 @@ class component:  # noqa: N801  (reads as a marker: Annotated[ComponentConfig, c
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise PydanticCustomError(
                 "component",
-                "give the {kind} as {{name: …}}; there are: {names}",
+                "give the {kind} as {name: …}; there are: {names}",
                 {"kind": members.kind, "names": ", ".join(members.names())},
             )
         name = value["name"]
@@ -253,7 +253,7 @@ def _explain(details: ErrorDetails, cls: type[Any], prefix: tuple[Any, ...]) -> 
         for inner, inner_cls in context["errors"]:
             lines.extend(_explain(inner, inner_cls, location))
         return lines
-    where = ".".join(str(part) for part in location) or "(top level)"
+    where = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         owner = _class_at(cls, details["loc"][:-1])
         fields = list(owner.model_fields) if owner else []
@@ -264,6 +264,8 @@ def _explain(details: ErrorDetails, cls: type[Any], prefix: tuple[Any, ...]) -> 
         return [f"{where}: is required and missing."]
     message = details["msg"].removeprefix("Value error, ").rstrip(".")
     message = message[:1].lower() + message[1:]
+    if not where:  # a rule on the whole file names the keys it is about
+        return [f"{message}."]
     return [f"{where}: {message} (found {_short(details['input'])})."]
 
 
