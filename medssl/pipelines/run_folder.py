@@ -13,11 +13,14 @@ import yaml
 
 from medssl.atomic import atomic_write
 from medssl.config import Config
-from medssl.errors import ConfigError
+from medssl.errors import ConfigError, MachineError
 from medssl.provenance import git_commit, machine, package_versions
+from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
 _CONFIG = "config.yaml"
 _PROVENANCE = "provenance.json"
+_RESULTS = ("checkpoints", "cells", "predictions.parquet")
+_SHOWN = 60  # letters of a value that a message quotes
 
 
 class RunFolder:
@@ -37,8 +40,9 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, command: str, *, resume: bool = False) -> None:
         self.path = path
         check_same_config(path, config, resume=resume)
+        same = _read_config(path) == yaml.safe_load(config.to_yaml())
         atomic_write(path / _CONFIG, config.to_yaml())
-        previous = _read_json(path / _PROVENANCE)
+        previous = _read_json(path / _PROVENANCE) if same else {}
         self._provenance: dict[str, Any] = {
             "command": command,
             "config_digest": config.digest(),
@@ -71,20 +75,24 @@ class RunFolder:
 
 
 def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
-    """Refuse to mix two runs in one folder; see `RunFolder`."""
-    file = path / _CONFIG
-    if not file.is_file():
+    """Refuse to mix two runs in one folder; see `RunFolder`.
+
+    A run that ended before it computed anything (a label column misspelt, say) leaves a folder
+    that a mended configuration may take over.
+    """
+    if path.exists() and not path.is_dir():
+        raise MachineError(
+            f"{path.name!r} is a file, and a run needs a folder. Choose another --out."
+        )
+    if not (path / _CONFIG).is_file():
         if resume:
             raise ConfigError(
                 f"there is no run to resume in {path.name!r}. Leave out --resume to start one."
             )
         return
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
+    found = _read_config(path)
     wanted = yaml.safe_load(config.to_yaml())
-    if found != wanted:
+    if found != wanted and (resume or _has_results(path)):
         changed = ", ".join(_differences(found, wanted)[:5]) or "its config.yaml is not readable"
         raise ConfigError(
             f"the run folder {path.name!r} holds a run of another configuration: {changed}. "
@@ -97,6 +105,20 @@ def command_line() -> str:
     return shlex.join(["medssl", *sys.argv[1:]])
 
 
+def _has_results(path: Path) -> bool:
+    """Return whether a run folder holds anything that its configuration shaped."""
+    return any((path / name).exists() for name in _RESULTS) or any(
+        record["kind"] == "metrics" for record, _ in read_journal(path / JOURNAL_NAME)
+    )
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return yaml.safe_load((path / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
 def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         lines = []
@@ -104,7 +126,14 @@ def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
             if found.get(key) != wanted.get(key):
                 lines += _differences(found.get(key), wanted.get(key), f"{prefix}{key}.")
         return lines
-    return [f"{prefix.rstrip('.')} was {found!r}, is {wanted!r}"]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        return _differences(dict(enumerate(found)), dict(enumerate(wanted)), prefix)
+    return [f"{prefix.rstrip('.')} was {_short(found)}, is {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
