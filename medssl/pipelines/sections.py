@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -106,3 +107,16 @@ class StatisticsConfig(Config):
     reference: str = "imagenet"
     num_resamples: int = Field(default=10_000, ge=100)
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
+
+    def check_reference(self, inits: Iterable[str]) -> None:
+        """Refuse a reference that is not among the inits: nothing would be compared.
+
+        Raises:
+            ValueError: it is not; for use in a validator.
+        """
+        labels = list(inits)
+        if self.reference not in labels:
+            raise ValueError(
+                f"statistics.reference: {self.reference!r} is not one of inits. "
+                f"There are: {', '.join(labels)}"
+            )

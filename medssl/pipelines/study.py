@@ -96,6 +96,11 @@ class StudyConfig(EvaluationSection):
                 raise ValueError(f"inits.{label} has a pretext; add a pretrain section")
         return self
 
+    @model_validator(mode="after")
+    def _reference_is_an_init(self) -> StudyConfig:
+        self.statistics.check_reference(self.inits)
+        return self
+
     def section_of(self, init: StudyInit) -> PretrainSection | None:
         """Return how an init is pretrained."""
         return init.pretrain or self.pretrain

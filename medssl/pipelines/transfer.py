@@ -100,6 +100,11 @@ class TransferConfig(EvaluationSection):
     device: str = "auto"
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _reference_is_an_init(self) -> TransferConfig:
+        self.statistics.check_reference(self.inits)
+        return self
+
 
 @dataclass
 class Evaluation:
