@@ -65,6 +65,11 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path.name} cannot be written: the folder is read-only for this user. "
                 "Choose another --out or change its permissions."
             ) from None
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise MachineError(
+                f"{path.name} cannot be written: a file stands where a folder is needed. "
+                "Choose another --out, or move that file."
+            ) from None
         raise
 
 

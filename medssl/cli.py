@@ -5,9 +5,11 @@ Exit codes: 0 ok, 2 usage or config, 3 data, 4 environment, 5 diverged, 130/143 
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -16,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from medssl import __version__
-from medssl.errors import ConfigError, DataError, MedsslError, Terminated
+from medssl.errors import ConfigError, DataError, MachineError, MedsslError, Terminated
 
 _INTERRUPTED = 130
 
@@ -422,7 +424,32 @@ def main() -> NoReturn:
             raise
         click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        click.secho(_unforeseen(error), fg="red", err=True)
+        sys.exit(MachineError.exit_code if _is_full(error) else MedsslError.exit_code)
     sys.exit(0)
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _unforeseen(error: Exception) -> str:
+    """Describe an error of a library; its own text may name a file or a person, so it is kept."""
+    if _is_full(error):
+        return (
+            "MachineError: no space left on the disk. "
+            "Free some space and start the same command again: it resumes."
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "medssl" in Path(frame.filename).parts] or frames
+    where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+    return (
+        f"Unforeseen {type(error).__name__} in {where}: a fault of medssl, or a case it does not "
+        "know. `medssl --debug` with the same command shows the whole of it; please report it."
+    )
 
 
 def _terminate(_: int, __: FrameType | None) -> NoReturn:
