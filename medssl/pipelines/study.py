@@ -28,6 +28,7 @@ from medssl.pipelines.transfer import (
     Evaluation,
     EvaluationSection,
     build_tasks,
+    check_inits,
     evaluate,
     labelled_patients,
     mask_folders,
@@ -134,6 +135,7 @@ def run(
     device = select_device(config.device)
     for label in config.inits:
         _check_pretext(config, label)
+    check_inits(config.backbone, (init.init for init in config.inits.values()), config.sampling)
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("study", params=_parameters(config)) as handle:

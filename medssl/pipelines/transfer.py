@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,6 +196,7 @@ def run(
         MedsslError: see `medssl.errors`.
     """
     check_same_config(out, config, resume=resume)
+    check_inits(config.backbone, config.inits.values(), config.sampling)
     index = Index.open(config.index)
     tasks = build_tasks(config, config.sampling, index)
     with Tracker(out, config.tracking) as tracker:
@@ -240,6 +241,22 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         * len(config.matrix.seeds),
         "device": str(select_device(config.device)),
     }  # fmt: skip
+
+
+def check_inits(
+    backbone: ComponentConfig, inits: Iterable[ComponentConfig], sampling: SamplingConfig
+) -> None:
+    """Build the backbone with every init once, so that missing weights show before hours of work.
+
+    Raises:
+        MedsslError: an init's weights are not there, or do not fit the backbone.
+    """
+    in_channels = sampling.request().in_channels
+    seen: list[ComponentConfig] = []
+    for init in inits:
+        if init not in seen:
+            seen.append(init)
+            build_backbone(backbone, init, in_channels=in_channels, seed=0)
 
 
 def build_tasks(
