@@ -10,10 +10,10 @@ from typing import Any
 
 import nibabel as nib
 import yaml
-from samples import NAME, PATIENT_ID, UID_ROOT, write_dicom_series
 
 from medssl.randomness import numpy_generator
 from medssl.scans.phantom import draw_patient
+from samples import NAME, PATIENT_ID, UID_ROOT, write_dicom_series
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (40, 36, 10)
@@ -72,7 +72,10 @@ def settings(archive: Path, **changes: Any) -> dict[str, Any]:
             "inpainting": {"init": "random", "pretext": {"name": "inpainting", "block": 4}},
         },
         "tasks": [
-            {"name": "segmentation", "masks": str(archive / "masks"), "classes": ["liver", "lesion"]},
+            {
+                "name": "segmentation", "masks": str(archive / "masks"),
+                "classes": ["liver", "lesion"],
+            },
             {
                 "name": "classification", "table": str(archive / "labels.csv"), "by": "patient",
                 "id_column": "patient", "label_column": "label",
@@ -104,9 +107,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **changes}
 
 
-def medssl(
-    *arguments: str | Path, cwd: Path, **changes: str
-) -> subprocess.CompletedProcess[str]:
+def medssl(*arguments: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run a medssl command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "medssl", *map(str, arguments)],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from studies import medssl, settings, write_archive, write_config
 
 
