@@ -23,6 +23,11 @@ from medssl.transforms.sampling import CropSampler, Sample
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+_REMEDY = (
+    "The last saved state is good. "
+    "Lower training.learning_rate, raise warmup_steps, or use precision bf16 or fp32."
+)
+
 
 class Objective(Protocol):
     """What the loop needs of a task, pretext or downstream: batch → output → loss, metrics."""
@@ -169,7 +174,7 @@ def train(
         save: called at ``checkpoint_every`` and after the last step, always with finite weights.
 
     Raises:
-        DivergedError: the loss is not finite; the last saved state is still good.
+        DivergedError: the loss or a weight is not finite; the last saved state is still good.
     """
     meter = Meter()
     for read in _read_ahead(sampler, state.step, config, device):
@@ -202,6 +207,8 @@ def train(
         if last or validating or saving or _due(state.step, config.log_every):
             means = _finite(meter.read(), state.step)
             log(state.step, {"lr": rate, **{f"train/{k}": v for k, v in means.items()}})
+        if last or saving:
+            _check_weights(state)
         if validating and validate is not None:
             log(state.step, {f"val/{k}": v for k, v in validate(state.step).items()})
         if saving and save is not None:
@@ -214,11 +221,17 @@ def _due(step: int, every: int) -> bool:
 
 def _finite(means: dict[str, float], step: int) -> dict[str, float]:
     if not math.isfinite(means.get("loss", 0.0)):
-        raise DivergedError(
-            f"the loss is not finite in the steps up to {step}. The last saved state is good. "
-            "Lower training.learning_rate, raise warmup_steps, or use precision bf16 or fp32."
-        )
+        raise DivergedError(f"the loss is not finite in the steps up to {step}. {_REMEDY}")
     return means
+
+
+def _check_weights(state: TrainingState) -> None:
+    """Refuse weights that the last update broke, which the loss before it cannot tell."""
+    tensors = [value for value in state.network.state_dict().values() if value.is_floating_point()]
+    if not bool(torch.stack([value.isfinite().all() for value in tensors]).all()):
+        raise DivergedError(
+            f"weights of the network are not finite after step {state.step}. {_REMEDY}"
+        )
 
 
 def _read_ahead(

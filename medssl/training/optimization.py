@@ -22,7 +22,7 @@ class OptimizationConfig(Config):
         weight_decay: decoupled; not applied to biases and norm parameters.
         warmup_steps: steps over which the rate rises linearly from zero.
         frozen_steps: first steps in which the backbone's weights are not updated.
-        min_share: the rate at the last step as a share of the peak.
+        min_share: share of the peak that the rate falls towards over the steps.
         gradient_clip: greatest norm of the gradient; 0 for none.
     """
 

@@ -6,6 +6,7 @@ the step, the weights, the optimiser and the loss scaler, and nothing else.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from torch import nn
 
 from medssl.atomic import atomic_write
 from medssl.errors import DataError
+
+_NOT_A_STATE = (
+    RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What torch raises for files that are cut off, of another kind, or of another network."""
 
 
 @dataclass
@@ -57,10 +64,10 @@ class TrainingState:
             self.network.load_state_dict(content["network"], strict=True)
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+            step, notes = int(content["step"]), dict(content["notes"])
+        except _NOT_A_STATE as error:
             raise DataError(
                 f"the training state {path.name} cannot be taken up ({type(error).__name__}): it "
                 "is damaged or belongs to another network. Delete it to start this training anew."
             ) from None
-        self.step = int(content["step"])
-        self.notes = dict(content["notes"])
+        self.step, self.notes = step, notes
