@@ -53,7 +53,7 @@ def metric_for(task_kind: str, name: str | None = None) -> Metric:
 def case_dice(scores: Array) -> Array:
     """Return the mean Dice of each case over its foreground classes, shape (N,).
 
-    A class that is neither there nor predicted has the Dice nan and does not count.
+    A class that the case's label lacks has the Dice nan and does not count.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a case without any class: nan
