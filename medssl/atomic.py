@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medssl.errors import MachineError
+from medssl.errors import MachineError, MedsslError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BYTES = 1 << 20
+"""With less than this free, a library's failure to write is put down to the full disk."""
 
 
 def atomic_write(
@@ -34,7 +37,7 @@ def atomic_write(
         try:
             os.close(handle)
             if callable(content):
-                content(temporary)
+                _write_with(content, temporary)
             else:
                 temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             temporary.chmod(mode)
@@ -43,6 +46,18 @@ def atomic_write(
         finally:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
+
+
+def _write_with(content: Callable[[Path], object], temporary: Path) -> None:
+    """Let a library write; some (torch.save) report a full disk as an error of their own."""
+    try:
+        content(temporary)
+    except (OSError, MedsslError):
+        raise
+    except Exception as error:
+        if shutil.disk_usage(temporary.parent).free < _FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 @contextmanager

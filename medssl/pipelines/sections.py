@@ -53,6 +53,15 @@ class SplitConfig(Config):
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
     file: Path | None = None
 
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> SplitConfig:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} must add "
+                "up to less than 1: the rest is for training"
+            )
+        return self
+
 
 class MatrixConfig(Config):
     """Which cells of the transfer matrix to run.

@@ -249,6 +249,7 @@ def check_inits(
     """Build the backbone with every init once, so that missing weights show before hours of work.
 
     Raises:
+        ConfigError: the backbone takes images of other dimensions than the crops.
         MedsslError: an init's weights are not there, or do not fit the backbone.
     """
     in_channels = sampling.request().in_channels
@@ -256,7 +257,13 @@ def check_inits(
     for init in inits:
         if init not in seen:
             seen.append(init)
-            build_backbone(backbone, init, in_channels=in_channels, seed=0)
+            built, _ = build_backbone(backbone, init, in_channels=in_channels, seed=0)
+            if built.spatial_dims != sampling.spatial_dims:
+                raise ConfigError(
+                    f"sampling.crop_size: {list(sampling.crop_size)} cuts {sampling.spatial_dims}D "
+                    f"images, and the backbone {backbone.name} takes {built.spatial_dims}D. "
+                    f"Give {built.spatial_dims} numbers, or choose another backbone."
+                )
 
 
 def build_tasks(
