@@ -1,0 +1,133 @@
+"""Classification: labels by scan key, classes in order, probabilities of a case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medssl.config import validate_config
+from medssl.downstream.classification import Classification, Config
+from medssl.errors import ConfigError, LabelError
+from medssl.scans.index import Index, IndexConfig, build_index
+from medssl.transforms.sampling import Sample
+from samples import write_nifti
+from training import tiny_backbone
+
+NAMES = ("anna", "berta", "carla", "dora")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    folder = tmp_path_factory.mktemp("scans")
+    for number, name in enumerate(NAMES):
+        write_nifti(folder / "images" / f"{name}.nii.gz", seed=number)
+    return build_index(IndexConfig(folder=folder / "images", num_workers=0), folder / "index")
+
+
+def table(folder: Path, labels: list[Any], names: tuple[str, ...] = NAMES) -> Path:
+    path = folder / "labels.csv"
+    rows = [f"{name}.nii.gz,{label}" for name, label in zip(names, labels, strict=False)]
+    path.write_text("\n".join(["scan,label", *rows]) + "\n")
+    return path
+
+
+def task(index: Index, path: Path, **settings: Any) -> Classification:
+    return Classification(Config(table=path, **settings), 3, index)
+
+
+def classes_of(found: Classification, index: Index) -> dict[str, str]:
+    """Return the class that each file got."""
+    names = {key: index.paths[key][0][0] for key in found.targets}
+    return {
+        Path(names[key]).name.split(".")[0]: found.classes[int(number)]
+        for key, number in found.targets.items()
+    }
+
+
+def test_each_scan_gets_the_class_of_its_row(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, ["cyst", "solid", "cyst", "none"]))
+    assert found.classes == ("cyst", "none", "solid")
+    assert classes_of(found, index) == dict(
+        zip(NAMES, ["cyst", "solid", "cyst", "none"], strict=True)
+    )
+    assert found.num_outputs == 3
+
+
+def test_classes_may_be_given_in_another_order_and_unused_ones_too(index: Index, tmp_path: Path):
+    path = table(tmp_path, ["cyst", "solid", "cyst", "cyst"])
+    found = task(index, path, classes=("solid", "cyst", "rare"))
+    assert found.classes == ("solid", "cyst", "rare")
+    assert sorted(found.targets.values()) == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_whole_numbers_are_classes_without_a_point(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, [1, 0, "", 0]))  # a gap makes the column float
+    assert found.classes == ("0", "1")
+    assert len(found.targets) == 3
+
+
+def test_scans_without_a_label_are_left_out(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, ["a", "b"]))
+    assert len(found.targets) == 2
+
+
+def test_a_column_of_one_class_is_refused(index: Index, tmp_path: Path):
+    with pytest.raises(LabelError) as refused:
+        task(index, table(tmp_path, ["a", "a", "a", "a"]))
+    assert str(refused.value) == (
+        "classification needs two classes or more; column 'label' holds 1. "
+        "Check the column, or the scans that were rejected."
+    )
+
+
+def test_a_value_that_is_none_of_the_classes_is_refused(index: Index, tmp_path: Path):
+    with pytest.raises(LabelError) as refused:
+        task(index, table(tmp_path, ["a", "b", "c", "d"]), classes=("a", "b"))
+    assert str(refused.value) == (
+        "2 values of column 'label' are not among the classes ['a', 'b']. "
+        "Add them to classes, or mend the table."
+    )
+    assert refused.value.exit_code == 3
+
+
+def test_another_metric_than_the_three_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"metric: input should be 'auc', 'balanced_accuracy' or"):
+        validate_config({"name": "classification", "table": "x.csv", "metric": "f1"}, Config)
+
+
+def test_the_task_is_called_by_its_label(index: Index, tmp_path: Path):
+    path = table(tmp_path, ["a", "b"])
+    assert task(index, path).name == "classification"
+    assert task(index, path, label="cyst or not").name == "cyst or not"
+
+
+def test_a_batch_carries_the_classes_of_its_scans(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, ["a", "b", "a", "b"]))
+    keys = [*found.targets, next(iter(found.targets))]
+    images = torch.rand(5, 1, 8, 8, 8)
+    made = found.batch_of(Sample(images, None, keys), torch.Generator())
+    assert made.inputs is images
+    assert made.target.tolist() == [int(found.targets[key]) for key in keys]
+    assert made.target.dtype == torch.int64
+
+
+def test_the_network_gives_one_number_a_class(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, ["a", "b", "c", "b"]))
+    backbone = tiny_backbone(3)
+    keys = list(found.targets)
+    made = found.batch_of(Sample(torch.rand(4, 1, 8, 8, 8), None, keys), torch.Generator())
+    output = found.forward(backbone, found.build_head(backbone), made)
+    assert output.shape == (4, 3)
+    right = torch.nn.functional.one_hot(made.target, 3).float() * 50
+    assert float(found.loss(right, made)) == pytest.approx(0, abs=1e-6)
+    assert float(found.metrics(right, made)["accuracy"]) == 1
+    assert float(found.metrics(right.roll(1, dims=1), made)["accuracy"]) == 0
+
+
+def test_a_cases_scores_are_the_mean_probabilities_of_its_slices(index: Index, tmp_path: Path):
+    found = task(index, table(tmp_path, ["a", "b"]))
+    probabilities = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    assert found.case_scores(probabilities.log(), None) == pytest.approx([0.6, 0.4])
