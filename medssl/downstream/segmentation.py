@@ -53,7 +53,9 @@ class Segmentation(DownstreamTask):
         self.classes = config.classes
         matched = match_masks(index, config.masks)
         self.targets: Mapping[str, float] = dict.fromkeys(sorted(matched), math.nan)
-        self._loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+        self._loss = DiceCELoss(
+            to_onehot_y=True, softmax=True, include_background=False, batch=True
+        )
 
     @classmethod
     def masks(cls, config: Config) -> dict[str, Path]:

@@ -30,9 +30,8 @@ class UNetDecoder(nn.Module):
         out_channels: channels of the output.
         channels: feature maps of the levels, coarse to fine: one for every stage but the coarsest,
             and one for the image's own grid.
-        norm: ``group`` (groups of 8 channels), ``instance`` (each channel alone, which one voxel
-            cannot be), or ``batch``. The first two do not depend on the batch, nor differ in
-            evaluation mode.
+        norm: ``instance`` (each image and channel alone), ``group`` (groups of 8 channels), or
+            ``batch``. The first two do not depend on the batch, nor differ in evaluation mode.
 
     Raises:
         ConfigError: ``channels`` has not one entry a level.
@@ -43,7 +42,7 @@ class UNetDecoder(nn.Module):
         backbone: Backbone,
         out_channels: int,
         channels: tuple[int, ...] | None = None,
-        norm: Literal["group", "instance", "batch"] = "group",
+        norm: Literal["instance", "group", "batch"] = "instance",
     ) -> None:
         super().__init__()
         dims = backbone.spatial_dims
@@ -96,4 +95,7 @@ def _default_channels(levels: int) -> tuple[int, ...]:
 def _norm(norm: str, channels: int) -> tuple[str, dict[str, object]]:
     if norm == "group":
         return ("group", {"num_groups": max(1, channels // CHANNELS_PER_GROUP)})
+    if norm == "instance":
+        # A group of one channel is the same, and takes the single voxel that a small crop may leave.
+        return ("group", {"num_groups": channels})
     return (norm, {"affine": True})

@@ -56,9 +56,11 @@ class PretrainSection(Config):
         training: steps, batch, rates.
         augmentation: what is varied before the puzzle is made.
         validation_batches: fixed batches of puzzles, from validation patients.
+        sampling: crops to pretrain on, where a study pretrains on others than it fine-tunes on.
     """
 
     training: TrainingConfig
+    sampling: SamplingConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
     validation_batches: int = Field(default=4, gt=0)
 

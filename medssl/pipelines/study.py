@@ -102,6 +102,11 @@ class StudyConfig(EvaluationSection):
         self.statistics.check_reference(self.inits)
         return self
 
+    def crops_of(self, init: StudyInit) -> SamplingConfig:
+        """Return the crops that an init is pretrained on."""
+        section = self.section_of(init)
+        return (section.sampling if section else None) or self.sampling
+
     def section_of(self, init: StudyInit) -> PretrainSection | None:
         """Return how an init is pretrained."""
         return init.pretrain or self.pretrain
@@ -224,8 +229,8 @@ def _check_pretext(config: StudyConfig, label: str) -> None:
     """Refuse a pretext task that does not fit the crops, before anything is written."""
     pretext = config.inits[label].pretext
     if pretext is not None:
-        task = PRETEXT_TASKS.build(pretext, config.sampling.spatial_dims)
-        task.request(config.sampling.request())
+        crops = config.crops_of(config.inits[label])
+        PRETEXT_TASKS.build(pretext, crops.spatial_dims).request(crops.request())
 
 
 def _init_of(
@@ -246,8 +251,8 @@ def _init_of(
         return init.init
     checkpoint = out / "checkpoints" / label
     job = Pretraining(
-        label, config.backbone, init.init, init.pretext, section, config.sampling, config.seed,
-        select_device(config.device),
+        label, config.backbone, init.init, init.pretext, section, config.crops_of(init),
+        config.seed, select_device(config.device),
     )  # fmt: skip
     task = job.task()
     params = {
