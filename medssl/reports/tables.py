@@ -146,6 +146,8 @@ def labels_saved(contents: Contents) -> list[str]:
         if len(reference) < 2:
             continue
         goal = reference.iloc[-1]
+        if goal["value"] <= reference["value"].iloc[0]:
+            continue  # more labels gain the reference nothing, so none can be saved
         metric = METRIC_NAMES.get(goal["metric"], goal["metric"])
         for init, rows in group[is_pretrained(group)].groupby("init", sort=False):
             rows = rows.sort_values("label_fraction")

@@ -131,6 +131,11 @@ def test_labels_saved_are_interpolated_on_a_logarithmic_scale() -> None:
     assert "rotation reaches with about 32 labelled patients what ImageNet reaches with 100" in line
 
 
+def test_no_labels_are_saved_where_more_of_them_gain_the_reference_nothing() -> None:
+    table = curve("imagenet", {10: 0.7, 100: 0.7}) + curve("rotation", {10: 0.7, 100: 0.7})
+    assert labels_saved(contents([], table)) == []
+
+
 def test_labels_hardly_saved_are_not_mentioned() -> None:
     table = curve("imagenet", {10: 0.7, 100: 0.8}) + curve("rotation", {10: 0.7, 100: 0.801})
     assert labels_saved(contents([], table)) == []
