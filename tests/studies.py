@@ -17,7 +17,7 @@ from samples import NAME, PATIENT_ID, UID_ROOT, write_dicom_series
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (40, 36, 10)
-TIMEOUT = 150  # seconds for one command
+TIMEOUT = 400  # seconds for one command, on a busy machine
 
 
 def write_archive(folder: Path, num_patients: int = 10) -> Path:

@@ -107,7 +107,7 @@ def test_one_batch_can_be_overfitted(make, dims):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
 
 

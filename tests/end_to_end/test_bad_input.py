@@ -24,6 +24,8 @@ from medssl import cli
 from samples import PATIENT_ID, PLANTED, UID_ROOT, linear_volume, rotation_affine, write_nifti
 from studies import ROOT, SHAPE, environment, medssl, settings, write_archive, write_config
 
+pytestmark = pytest.mark.timeout(600)
+
 NUM_PATIENTS = 7
 
 

@@ -21,6 +21,12 @@ from studies import environment, medssl, settings, write_config
 
 from .conftest import Study
 
+pytestmark = [
+    pytest.mark.timeout(600),
+    # MLflow asks SQLAlchemy for a strategy that SQLAlchemy means to remove.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+]
+
 
 def tables(run: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     return (
@@ -128,10 +134,12 @@ def start(study: Study, place: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "medssl", "study", str(study.config), "--out", "runs/tiny"],
         cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell starts what runs in its background, these tests perhaps, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -170,7 +178,7 @@ def test_a_signal_ends_the_study_as_killed_and_says_how_to_go_on(
     process = start(study, tmp_path)
     wait_for(tmp_path / "runs" / "tiny" / MOMENTS["in the first pretraining"], process)
     process.send_signal(sent)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=120)
     assert process.returncode == code
     assert said in printed
     assert "Give the same command again" in printed
