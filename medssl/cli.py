@@ -74,7 +74,7 @@ def study(
 
     loaded = load_config(config, pipeline.StudyConfig, overrides)
     if dry_run:
-        _print(pipeline.plan(loaded), as_json)
+        _print(pipeline.plan(loaded, out), as_json)
         return
     with _progress(as_json) as progress:
         folder = pipeline.run(loaded, out, resume=resume, progress=progress)

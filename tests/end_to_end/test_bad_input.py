@@ -331,6 +331,22 @@ def test_a_crop_larger_than_the_scans_with_rotation_and_the_way_on(
     check(command("study", config(inits=inits)), 0)
 
 
+def test_the_first_plan_counts_patients_and_cells_and_leaves_nothing_behind(
+    command: Command, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    file = config(workspace=str(tmp_path / "workspace"))
+    planned = command("study", file, "--dry-run", "--out", "elsewhere")
+    check(planned, 0)
+    assert "run folder: elsewhere" in planned.out
+    assert "num files: 70" in planned.out
+    assert "cells: 2" in planned.out
+    assert "scans: 7" in planned.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brief.yaml", "temporary"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 # ---------------------------------------------------------------------------------------- machine
 
 
