@@ -47,6 +47,22 @@ def test_a_function_may_write_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "table.csv").read_text() == "a,b\n"
 
 
+def test_a_librarys_own_error_on_a_full_disk_is_a_full_disk(small_disk: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_bytes(b"x" * 50_000)
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch.save says
+
+    with pytest.raises(MachineError, match="no space left on the disk while writing state.pt"):
+        atomic_write(small_disk / "state.pt", fail)
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(MachineError, match="a file stands where a folder is needed"):
+        atomic_write(tmp_path / "runs" / "config.yaml", "x")
+
+
 def test_a_function_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "results.csv"
     target.write_text("old")
