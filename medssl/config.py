@@ -149,7 +149,13 @@ def validate_config(
         return cls.model_validate(merged)
     except ValidationError as error:
         lines = []
-        for details in error.errors(include_url=False):
+        found = error.errors(include_url=False)
+        for details in found:
+            if details["type"] == "too_short" and any(
+                other["loc"][: len(details["loc"])] == details["loc"] and other is not details
+                for other in found
+            ):
+                continue  # a list is only short because what it holds does not fit
             lines.extend(_explain(details, cls, ()))
         problems = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(f"{source} does not fit:\n{problems}") from None

@@ -306,6 +306,12 @@ def test_typos_in_a_config(
     assert [path.name for path in tmp_path.iterdir()] == ["brief.yaml"]
 
 
+def test_a_mistake_inside_a_list_is_told_once(command: Command, config: Callable[..., Path]):
+    refused = command("study", config(tasks=[{**labels_task(Path("a.csv")), "by": "patients"}]))
+    check(refused, 2, "tasks.0.by: input should be 'scan', 'series' or 'patient'")
+    assert "at least 1 item" not in refused.err
+
+
 def test_a_reference_that_is_not_an_init_of_a_transfer(
     command: Command, archive: Path, tmp_path: Path
 ):
