@@ -195,7 +195,7 @@ def test_a_second_process_on_the_same_run_folder_is_refused(study: Study, tmp_pa
         process.kill()
         process.communicate()
     assert second.returncode == 4
-    assert "another process" in second.stderr
+    assert "another medssl process is using it" in second.stderr
 
 
 def test_the_plan_touches_nothing(study: Study, tmp_path: Path):
