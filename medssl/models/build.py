@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from medssl.config import ComponentConfig
 from medssl.models.backbones import BACKBONES
@@ -42,20 +41,8 @@ def build_backbone(
     """
     with seeded_construction(seed, "backbone"):
         backbone = BACKBONES.build(config, in_channels=in_channels)
-    to_fast_layout(backbone, backbone.spatial_dims)
     report = INITS.build(init_config, expected).apply(backbone)
     return backbone, report
-
-
-def to_fast_layout(network: nn.Module, spatial_dims: int) -> nn.Module:
-    """Lay a network's weights out with channels last: the layout that convolutions run fastest in.
-
-    Convolutions then give channels-last features, whatever the layout of the images. Values are
-    untouched. In 2D alone: for volumes the CPU has no fast path.
-    """
-    if spatial_dims == 2:
-        network.to(memory_format=torch.channels_last)
-    return network
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from medssl.errors import ConfigError, DivergedError, MachineError
 from medssl.models.backbones.base import Backbone
-from medssl.models.build import seeded_construction, to_fast_layout
+from medssl.models.build import seeded_construction
 from medssl.randomness import torch_generator
 from medssl.training.optimization import OptimizationConfig, build_optimizer, set_learning_rates
 from medssl.training.state import TrainingState
@@ -128,9 +128,7 @@ def select_device(name: str) -> torch.device:
 def build_network(backbone: Backbone, objective: Objective, seed: int) -> Network:
     """Return backbone and head; the head's starting weights are a function of the seed."""
     with seeded_construction(seed, "head"):
-        network = Network(backbone, objective)
-    to_fast_layout(network.head, backbone.spatial_dims)
-    return network
+        return Network(backbone, objective)
 
 
 def start_state(network: Network, config: TrainingConfig, device: torch.device) -> TrainingState:
