@@ -79,7 +79,7 @@ class Jigsaw(_Classifier):
 
     def forward(self, backbone: Backbone, head: nn.Module, batch: PretextBatch) -> Tensor:
         order = batch.extras["order"]
-        num_images, num_orders, num_tiles = order.shape
+        num_images, _, num_tiles = order.shape
         embedded = backbone.embed(batch.inputs).reshape(num_images, num_tiles, -1)
         shuffled = embedded[torch.arange(num_images)[:, None, None], order]  # (B, P, T, D)
         logits: Tensor = head(shuffled.flatten(2).flatten(0, 1))

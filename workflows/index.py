@@ -1,6 +1,6 @@
 """Index a folder of DICOM and NIfTI, and say what is in it.
 
-    python workflows/index.py /archive/export data/index
+python workflows/index.py /archive/export data/index
 """
 
 import sys

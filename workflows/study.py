@@ -1,6 +1,6 @@
 """Run a whole study and print its verdicts.
 
-    python workflows/study.py configs/studies/demo.yaml
+python workflows/study.py configs/studies/demo.yaml
 """
 
 import sys

@@ -96,6 +96,6 @@ def _norm(norm: str, channels: int) -> tuple[str, dict[str, object]]:
     if norm == "group":
         return ("group", {"num_groups": max(1, channels // CHANNELS_PER_GROUP)})
     if norm == "instance":
-        # A group of one channel is the same, and takes the single voxel that a small crop may leave.
+        # One channel a group is the same, and takes the single voxel that a small crop may leave.
         return ("group", {"num_groups": channels})
     return (norm, {"affine": True})

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sketches import Jigsaw, Multi, RelativePosition
 from torch.nn.functional import interpolate
 
 from medssl.models.backbones import BACKBONES
@@ -17,6 +16,7 @@ from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.training.loop import build_network
 from medssl.transforms.sampling import SampleRequest
+from sketches import Jigsaw, Multi, RelativePosition
 
 SIZE = {2: (32, 32), 3: (16, 16, 16)}
 
