@@ -7,6 +7,8 @@ scan, the case is all slices read of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +73,12 @@ class DownstreamTask(ABC):
     def masks(cls, config: Any) -> dict[str, Path]:  # noqa: ARG003  (members read it)
         """Return the folders of masks to be prepared with the scans, by the mask's name."""
         return {}
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the labels by scan; masks are part of the store's own digest."""
+        text = json.dumps([self.classes, sorted(self.targets.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def request(self, base: SampleRequest) -> SampleRequest:
         """Return what the task needs of the sampler, starting from the configured crop."""

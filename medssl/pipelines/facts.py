@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
+from medssl.downstream.base import DownstreamTask
 from medssl.scans.datasets.base import PROVENANCE
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
@@ -48,6 +49,18 @@ def data_facts(
         "index_digest": index.digest,
         "store_digest": store.digest,
     }  # fmt: skip
+
+
+def data_digests(
+    index: Index, store: Store, splits: Splits, tasks: Iterable[DownstreamTask] = ()
+) -> dict[str, str]:
+    """Return digests of all that the results of a run depend on, beside its configuration."""
+    return {
+        "index": index.digest,
+        "store": store.digest,
+        "splits": splits.digest,
+        **{f"labels of {task.name}": task.digest for task in tasks},
+    }
 
 
 def keep_dataset_facts(folder: Path, index_folder: Path) -> None:

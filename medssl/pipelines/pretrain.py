@@ -19,6 +19,7 @@ from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
+from medssl.pipelines.facts import data_digests
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
@@ -149,7 +150,7 @@ def run(
         "backbone", config.backbone, config.init, config.pretext, config,
         config.sampling, config.seed, select_device(config.device),
     )  # fmt: skip
-    job.task()  # refuses a task that does not fit before anything is written
+    job.task().request(config.sampling.request())  # refuses crops before anything is written
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("pretrain/backbone", params=config.model_dump(mode="json")) as handle:
@@ -160,6 +161,7 @@ def run(
                 progress=progress,
             )
             splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
+            folder.pin_data(data_digests(index, store, splits))
             splits.write(out / "splits.json")
             pretrain_backbone(
                 job, index, store, splits, out / "checkpoints" / "backbone", handle, progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import yaml
 
 from medssl.atomic import atomic_write
 from medssl.config import Config
-from medssl.errors import ConfigError, MachineError
+from medssl.errors import ConfigError, DataError, MachineError
 from medssl.provenance import git_commit, machine, package_versions
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
 _CONFIG = "config.yaml"
 _PROVENANCE = "provenance.json"
+_NOT_READABLE = "its config.yaml is not readable"
 _RESULTS = ("checkpoints", "cells", "predictions.parquet")
 _SHOWN = 60  # letters of a value that a message quotes
 
@@ -50,6 +52,7 @@ class RunFolder:
             "restarts": int(previous.get("restarts", -1)) + 1,
             "finished": None,
             "inits": previous.get("inits", {}),
+            "data": previous.get("data", {}),
             "git_commit": git_commit(),
             "versions": package_versions(),
             "machine": machine(),
@@ -60,6 +63,25 @@ class RunFolder:
         """Add facts to ``provenance.json``."""
         self._provenance.update(facts)
         self.write_json(_PROVENANCE, self._provenance)
+
+    def pin_data(self, digests: Mapping[str, str]) -> None:
+        """Hold the run to the data that it was started on.
+
+        Args:
+            digests: see `medssl.pipelines.facts.data_digests`.
+
+        Raises:
+            DataError: one differs from what an earlier start found.
+        """
+        pinned: dict[str, str] = self._provenance["data"]
+        changed = [name for name, digest in digests.items() if pinned.get(name, digest) != digest]
+        if changed:
+            raise DataError(
+                f"the data have changed since this run was started ({', '.join(changed)}), and "
+                "what it holds belongs to the earlier ones. Choose another --out to start anew, "
+                "or bring the earlier data back to go on."
+            )
+        self.note(data={**pinned, **digests}, index_digest=digests["index"])
 
     def note_inits(self, reports: dict[str, dict[str, Any]]) -> None:
         """Add what was loaded into each init; those of an earlier start are kept."""
@@ -93,7 +115,8 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
     found = _read_config(path)
     wanted = yaml.safe_load(config.to_yaml())
     if found != wanted and (resume or _has_results(path)):
-        changed = ", ".join(_differences(found, wanted)[:5]) or "its config.yaml is not readable"
+        readable = isinstance(found, dict)
+        changed = ", ".join(_differences(found, wanted)[:5]) if readable else _NOT_READABLE
         raise ConfigError(
             f"the run folder {path.name!r} holds a run of another configuration: {changed}. "
             "Choose another --out, or delete that folder."

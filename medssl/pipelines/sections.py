@@ -81,6 +81,8 @@ class MatrixConfig(Config):
     def _one_of_two(self) -> MatrixConfig:
         if (self.labelled_patients is None) == (self.label_fractions is None):
             raise ValueError("give either labelled_patients or label_fractions")
+        if not (self.labelled_patients or self.label_fractions):
+            raise ValueError("give at least one number of labelled patients")
         for number in self.labelled_patients or ():
             if isinstance(number, str) and number != "all":
                 raise ValueError(f"labelled_patients holds numbers or the word all, not {number}")

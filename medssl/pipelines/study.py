@@ -16,7 +16,7 @@ from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import compare, prepare
 from medssl.pipelines import index as indexing
-from medssl.pipelines.facts import keep_dataset_facts
+from medssl.pipelines.facts import data_digests, keep_dataset_facts
 from medssl.pipelines.pretrain import (
     Pretraining,
     PretrainSection,
@@ -154,7 +154,6 @@ def run(
             keep_dataset_facts(config.index.folder, index.folder)
             tasks = build_tasks(config, config.sampling, index)
             splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
-            splits.write(out / "splits.json")
             store = prepare.prepare(
                 index,
                 config.preprocessing,
@@ -162,7 +161,8 @@ def run(
                 masks=mask_folders(config),
                 progress=progress,
             )
-            folder.note(index_digest=index.digest, store_digest=store.digest)
+            folder.pin_data(data_digests(index, store, splits, tasks.values()))
+            splits.write(out / "splits.json")
             inits = {
                 label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)
                 for label in config.inits

@@ -27,7 +27,7 @@ from medssl.models.inits import INITS
 from medssl.models.inits.base import LoadReport
 from medssl.pipelines import compare, prepare
 from medssl.pipelines.contract import image_contract
-from medssl.pipelines.facts import data_facts
+from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
@@ -210,6 +210,8 @@ def run(
                 progress=progress,
             )
             splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
+            digests = data_digests(index, store, splits, tasks.values())
+            folder.pin_data({**digests, **_checkpoint_digests(config.inits)})
             splits.write(out / "splits.json")
             evaluation = Evaluation(
                 config, config.backbone, config.sampling, config.seed,
@@ -325,6 +327,15 @@ def pretexts_of(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
         if hasattr(init, "path") and init.name == "checkpoint"
         else ""
         for label, init in inits.items()
+    }
+
+
+def _checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
+    """Return the hash of the weights of each init that is a checkpoint."""
+    return {
+        f"checkpoint {label}": str(load_contract(init.path).weights_sha256)
+        for label, init in inits.items()
+        if init.name == "checkpoint" and hasattr(init, "path")
     }
 
 

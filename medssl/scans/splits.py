@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
@@ -78,6 +79,11 @@ class Splits:
             )
         groups = _by_stratum(self.train, strata or {})
         return tuple(sorted(_interleave(groups, seed, "labelled")[:num_patients]))
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of who is on which side."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Write the splits as JSON, atomically."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,3 +259,20 @@ def test_a_checkpoint_pretrained_on_test_patients_is_refused(study: Study, tmp_p
     assert refused.returncode == 3
     assert "'rotation' was pretrained on scans of" in refused.stderr
     assert "splits.file" in refused.stderr
+
+
+def test_labels_that_changed_since_the_start_are_refused(study: Study, tmp_path: Path):
+    shutil.copytree(study.run, tmp_path / "runs" / "tiny")
+    table = study.archive / "labels.csv"
+    before = table.read_text()
+    try:
+        first, *rest = before.splitlines()
+        turned = [line.replace("cyst", "*").replace("solid", "cyst") for line in rest]
+        table.write_text("\n".join([first, *turned]).replace("*", "solid") + "\n")
+        refused = medssl("study", study.config, cwd=tmp_path)
+    finally:
+        table.write_text(before)
+    assert refused.returncode == 3
+    assert "the data have changed since this run was started" in refused.stderr
+    assert "labels of classification" in refused.stderr
+    assert "Traceback" not in refused.stderr

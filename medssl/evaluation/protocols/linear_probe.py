@@ -48,7 +48,8 @@ def fit_logistic(
     """Fit a multinomial logistic regression.
 
     Minimises mean cross-entropy + ``strength / 2`` x the squared weights (not the bias), that is
-    scikit-learn's problem with ``C = 1 / (strength * len(rows))``.
+    scikit-learn's problem with ``C = 1 / (strength * len(rows))``. With two classes scikit-learn
+    keeps the difference of the two vectors of weights, and the same solution has twice that ``C``.
 
     Args:
         rows: (N, D) float, standardised.
