@@ -1,0 +1,168 @@
+"""Fine-tuning: nothing but the backbone differs between inits; validation chooses the step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from medssl.evaluation.protocols import fine_tune
+from medssl.evaluation.protocols.base import Cell, Setting
+from medssl.evaluation.protocols.fine_tune import Config, FineTune, predict
+from medssl.pipelines.transfer import Evaluation
+from medssl.training.loop import TrainingConfig
+from training import tiny_backbone
+
+TASKS = ["classification", "segmentation"]
+
+
+def protocol(**training: Any) -> FineTune:
+    settings = {"steps": 4, "global_batch_size": 3, "log_every": 1, **training}
+    return FineTune(Config(training=TrainingConfig(**settings), validation_slices=2))
+
+
+def cell_of(evaluation: Evaluation, task: str, init: str = "random", number: int = 2) -> Cell:
+    return next(
+        cell for cell in evaluation.cells()
+        if (cell.task, cell.init, cell.num_labelled_patients) == (task, init, number)
+    )  # fmt: skip
+
+
+def silent(step: int, metrics: dict[str, float]) -> None:
+    """Ignore what is logged."""
+
+
+class Recorder:
+    """Takes the place of the loop: keeps what it is given, and trains nothing."""
+
+    def __init__(self) -> None:
+        self.head: dict[str, Tensor] = {}
+        self.backbone: dict[str, Tensor] = {}
+        self.batches: list[Any] = []
+        self.recipe: Any = None
+
+    def __call__(self, state: Any, task: Any, sampler: Any, config: Any, **options: Any) -> None:
+        self.head = {k: v.clone() for k, v in state.network.head.state_dict().items()}
+        self.backbone = {k: v.clone() for k, v in state.network.backbone.state_dict().items()}
+        self.batches = [sampler.batch(step, config.global_batch_size) for step in range(3)]
+        self.recipe = (config, options["seed"], options["augmentation"])
+
+
+def recorded(
+    evaluation: Evaluation, cell: Cell, seed_of_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(fine_tune, "train", recorder)
+    setting = evaluation.setting(cell.task, cell.init)
+    setting.new_backbone = lambda seed: tiny_backbone(2, seed_of_weights)
+    protocol().run(cell, setting, silent)
+    return recorder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_init_gets_the_same_head_batches_and_recipe(
+    evaluation: Evaluation, task: str, monkeypatch: pytest.MonkeyPatch
+):
+    first = recorded(evaluation, cell_of(evaluation, task, "random"), 1, monkeypatch)
+    second = recorded(evaluation, cell_of(evaluation, task, "other"), 2, monkeypatch)
+    assert any(not torch.equal(first.backbone[k], second.backbone[k]) for k in first.backbone)
+    assert all(torch.equal(first.head[name], second.head[name]) for name in first.head)
+    for ours, theirs in zip(first.batches, second.batches, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert ours.scan_keys == theirs.scan_keys
+    assert first.recipe == second.recipe
+
+
+def test_another_seed_gives_another_head_and_other_batches(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    cell = cell_of(evaluation, "classification")
+    other = Cell(**{**vars(cell), "seed": 1})
+    one, two = (recorded(evaluation, c, 1, monkeypatch) for c in (cell, other))
+    assert any(not torch.equal(one.head[name], two.head[name]) for name in one.head)
+    assert not torch.equal(one.batches[0].images, two.batches[0].images)
+
+
+def test_training_sees_labelled_patients_alone(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    cell = cell_of(evaluation, "classification")
+    recorder = recorded(evaluation, cell, 1, monkeypatch)
+    seen = {key for batch in recorder.batches for key in batch.scan_keys}
+    assert seen == set(evaluation.setting(cell.task, cell.init).labelled_scans(cell))
+
+
+class Scripted:
+    """Takes the place of `predict`: gives scripted validation scores, keeps weights and cases."""
+
+    def __init__(self, setting: Setting, good: list[float]) -> None:
+        self._setting, self._good = setting, iter(good)
+        self.weights: list[Tensor] = []
+        self.asked: list[tuple[set[str], int | None]] = []
+
+    def __call__(
+        self, network: Any, setting: Setting, scan_keys: Any, max_slices: int | None
+    ) -> list[list[float]]:
+        self.weights.append(next(network.head.parameters()).detach().clone())
+        self.asked.append((set(scan_keys), max_slices))
+        share = next(self._good)
+        right = [int(setting.task.targets[key]) for key in scan_keys]
+        return [[share, 1 - share] if target == 0 else [1 - share, share] for target in right]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.9, 0.1, 0.1, 0.1], 0), ([0.1, 0.1, 0.9, 0.1], 2), ([0.9, 0.9, 0.9, 0.9], 0)],
+)
+def test_the_step_is_chosen_on_validation_patients(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, scores: list[float], best: int
+):
+    setting = evaluation.setting("classification", "random")
+    scripted = Scripted(setting, [*scores, 0.5])
+    monkeypatch.setattr(fine_tune, "predict", scripted)
+    cell = cell_of(evaluation, "classification")
+    protocol(validate_every=1).run(cell, setting, silent)
+    *validations, test = scripted.weights
+    assert len(validations) == 4
+    assert all(not torch.equal(a, b) for a, b in pairwise(validations))
+    assert torch.equal(test, validations[best])
+
+
+def test_validation_looks_at_few_slices_and_the_test_at_whole_scans(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    setting = evaluation.setting("classification", "random")
+    scripted = Scripted(setting, [0.5, 0.5])
+    monkeypatch.setattr(fine_tune, "predict", scripted)
+    protocol().run(cell_of(evaluation, "classification"), setting, silent)
+    assert scripted.asked == [
+        (set(setting.scans_of(setting.splits.val)), 2),
+        (set(setting.scans_of(setting.splits.test)), None),
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_cell_gives_one_prediction_a_test_scan_and_the_same_again(
+    evaluation: Evaluation, task: str
+):
+    setting, cell, logged = evaluation.setting(task, "random"), cell_of(evaluation, task), []
+    first = protocol().run(cell, setting, lambda step, metrics: logged.append((step, metrics)))
+    again = protocol().run(cell, evaluation.setting(task, "random"), silent)
+    assert [p.scan_key for p in first] == setting.scans_of(setting.splits.test)
+    assert all(p.selected and p.layer == "" for p in first)
+    np.testing.assert_array_equal([p.scores for p in first], [p.scores for p in again])
+    assert {name for _, metrics in logged for name in metrics} >= {"train/loss", "val/score", "lr"}
+
+
+def test_a_prediction_is_made_without_dropping_or_updating_anything(evaluation: Evaluation):
+    setting = evaluation.setting("classification", "random")
+    network = fine_tune.build_network(setting.new_backbone(0), setting.task, 0).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    keys = setting.scans_of(setting.splits.test)
+    first = predict(network, setting, keys, 3)
+    assert first == predict(network, setting, keys, 3)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

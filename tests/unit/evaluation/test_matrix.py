@@ -1,0 +1,147 @@
+"""The matrix: order of the cells, resumption, and the table at the end."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from medssl.errors import DataError
+from medssl.evaluation.matrix import (
+    PREDICTION_COLUMNS,
+    build_cells,
+    cell_path,
+    collect,
+    run_cells,
+    unfinished,
+    write_cell,
+)
+from medssl.evaluation.protocols.base import Cell, Prediction
+from medssl.pipelines.transfer import Evaluation
+
+
+def cells(**changes: Any) -> list[Cell]:
+    wanted: dict[str, Any] = {
+        "tasks": ["lesion", "class"],
+        "inits": ["random", "imagenet"],
+        "protocols": ["linear_probe", "fine_tune"],
+        "labelled_patients": (10, 2),
+        "num_train_patients": 10,
+        "seeds": (1, 0),
+        **changes,
+    }
+    return build_cells(**wanted)
+
+
+def finish(cell: Cell, folder: Path) -> None:
+    """Write a file as if the cell had run."""
+    folder.mkdir(exist_ok=True)
+    row = {name: [0] for name in PREDICTION_COLUMNS} | {"init": [cell.init], "seed": [cell.seed]}
+    pd.DataFrame(row).to_parquet(cell_path(folder, cell))
+
+
+def run(every: list[Cell], folder: Path, stop_after: int | None = None) -> tuple[list, list, list]:
+    """Run cells; return (cells run, settings asked for, progress)."""
+    ran: list[Cell] = []
+    asked: list[tuple[str, str]] = []
+    told: list[tuple[int, int, str]] = []
+
+    def run_cell(cell: Cell, setting: Any) -> None:
+        assert setting == (cell.task, cell.init)
+        if len(ran) == stop_after:
+            raise KeyboardInterrupt
+        finish(cell, folder)
+        ran.append(cell)
+
+    def setting_of(task: str, init: str) -> Any:
+        asked.append((task, init))
+        return task, init
+
+    run_cells(every, folder, setting_of, run_cell, lambda *told_now: told.append(told_now))
+    return ran, asked, told
+
+
+def test_there_is_a_cell_for_every_combination_with_its_share_of_labels():
+    found = cells()
+    assert len(found) == len(set(found)) == 2**5
+    assert {(c.num_labelled_patients, c.label_fraction) for c in found} == {(2, 0.2), (10, 1.0)}
+
+
+def test_the_order_does_not_depend_on_the_order_in_the_config():
+    assert cells() == cells(tasks=["class", "lesion"], seeds=(0, 1), labelled_patients=(2, 10))
+    assert cells() == sorted(cells())
+
+
+def test_cells_of_one_task_and_init_run_together():
+    pairs = [pair for pair, _ in groupby(cells(), key=lambda cell: (cell.task, cell.init))]
+    assert len(pairs) == len(set(pairs)) == 4
+
+
+def test_a_cells_key_is_its_files_name(tmp_path: Path):
+    cell = Cell("class", "random", "fine_tune", 2, 0.2, 1)
+    assert cell_path(tmp_path, cell) == tmp_path / "class-random-fine_tune-n2-s1.parquet"
+
+
+def test_what_cells_share_is_asked_for_once_a_task_and_init(tmp_path: Path):
+    ran, asked, told = run(cells(), tmp_path)
+    assert ran == cells()
+    assert len(asked) == len(set(asked)) == 4
+    assert told[0] == (0, 32, "")
+    assert told[1] == (0, 32, cells()[0].key)
+    assert told[-1] == (32, 32, "")
+
+
+def test_finished_cells_are_not_run_again(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        run(cells(), tmp_path, stop_after=11)
+    assert len(unfinished(tmp_path, cells())) == 32 - 11
+    ran, _, told = run(cells(), tmp_path)
+    assert ran == cells()[11:]
+    assert told[0] == (11, 32, "")
+    assert run(cells(), tmp_path)[:2] == ([], [])
+
+
+def test_the_table_is_the_same_however_often_it_was_interrupted(tmp_path: Path):
+    run(cells(), tmp_path / "whole")
+    for stop in (3, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run(cells(), tmp_path / "broken", stop_after=stop)
+    run(cells(), tmp_path / "broken")
+    whole, broken = (collect(tmp_path / name, cells()) for name in ("whole", "broken"))
+    pd.testing.assert_frame_equal(whole, broken)
+    assert list(whole.index) == list(range(32))
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "empty"])
+def test_collecting_names_a_cell_that_is_missing_or_damaged(tmp_path: Path, damage: str):
+    run(cells(), tmp_path)
+    path = cell_path(tmp_path, cells()[5])
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100] if damage == "torn" else b"")
+    with pytest.raises(DataError) as refused:
+        collect(tmp_path, cells())
+    assert str(refused.value) == (
+        f"the predictions of cell {cells()[5].key} are missing or damaged. Delete the cell's "
+        "file if it is there and start the same command again: it resumes."
+    )
+
+
+def test_a_cells_file_holds_a_row_a_prediction(evaluation: Evaluation, tmp_path: Path):
+    setting = evaluation.setting("classification", "random")
+    cell = Cell("classification", "random", "fine_tune", 2, 0.4, 0)
+    keys = setting.scans_of(setting.splits.test)
+    predictions = [Prediction("", True, key, 1.0, (0.25, 0.75)) for key in keys]
+    write_cell(tmp_path, cell, predictions, setting, pretext="rotation", backbone="monai")
+    table = collect(tmp_path, [cell])
+    assert tuple(table.columns) == PREDICTION_COLUMNS
+    assert list(table["scan_key"]) == keys
+    assert set(table["patient_key"]) == set(setting.splits.test)
+    assert list(table["scores"][0]) == [0.25, 0.75]
+    first = table.iloc[0]
+    assert (first["pretext"], first["backbone"]) == ("rotation", "monai")
+    assert (first["task_kind"], first["num_labelled_patients"]) == ("classification", 2)
