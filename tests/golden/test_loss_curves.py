@@ -7,7 +7,7 @@ anew, say in the commit why they moved, and commit both.
 
 Rounding differs between processors and numbers of threads, and small networks with norms over few
 voxels enlarge it from step to step. Measured on one machine, one thread against two, with these
-settings: up to 0.024 within the thirty steps (inpainting in 2D). So the first steps are held tightly
+settings: up to 0.024 within the thirty steps (inpainting, 2D). So the first steps are held tightly
 (data, augmentation, puzzles, weights, the first updates), and the whole curve loosely (schedule,
 later epochs).
 """
