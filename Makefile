@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Test processes, each of one thread: PyTorch's threads wait for each other when cores are shared.
+TEST_PROCESSES ?= $(shell nproc)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,8 @@ demo: $(INSTALLED) ## Run the whole road on real MR scans: index, pretrain, tran
 	$(BIN)/medssl study configs/studies/$$study.yaml
 
 test: $(INSTALLED) ## Run the tests that need no GPU; PYTEST_ARGS="-k rotation" narrows them
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/benchmarks $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --ignore=tests/benchmarks \
+	  --numprocesses=$(TEST_PROCESSES) --dist=loadfile $(PYTEST_ARGS)
 
 check: lint test ## Run every check that a commit must pass: lint and test
 

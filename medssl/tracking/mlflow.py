@@ -169,6 +169,7 @@ class Delivery:
             database = Path(self._uri.removeprefix("sqlite:///"))
             database.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{database}.lock", timeout=LOCK_SECONDS):
+                self._make_tables(database)
                 client = self._new_client(tracking_uri=self._uri)
                 artifacts = str(database.resolve().parent / "mlartifacts")
                 self._experiment_id = self._find_experiment(client, artifacts)
@@ -179,6 +180,20 @@ class Delivery:
         )
         self._forget_deleted_store(client)
         self._client = client
+
+    def _make_tables(self, database: Path) -> None:
+        """Make a new sqlite file whole, then give it its name.
+
+        MLflow takes seconds to make its tables, and a file with half of them, left by a process
+        that was killed meanwhile, can never be opened again.
+        """
+        if database.exists():
+            return
+        draft = database.with_name(f".{database.name}.part")
+        for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
+            leftover.unlink(missing_ok=True)
+        self._new_client(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
+        draft.replace(database)
 
     def _find_experiment(self, client: Any, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException

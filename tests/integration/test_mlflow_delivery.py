@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +131,26 @@ def test_the_status_is_right_after(folder: Path, error, status: str) -> None:
     }
 
 
+def test_tables_half_made_by_a_killed_process_are_made_anew(folder: Path) -> None:
+    database = folder.parent / "mlflow.db"
+    database.unlink(missing_ok=True)
+    with closing(sqlite3.connect(database.with_name(".mlflow.db.part"))) as half:
+        half.execute("CREATE TABLE mcp_servers (name TEXT)")
+        half.commit()
+    with Tracker(folder, QUICK) as tracker, tracker.run("study") as run:
+        run.log(1, {"loss": 0.5})
+    assert runs(folder)["study"].data.metrics == {"loss": 0.5}
+    assert sorted(path.name for path in folder.parent.glob("*mlflow.db*")) == [
+        "mlflow.db",
+        "mlflow.db.lock",
+    ]
+
+
 def test_no_account_path_or_source_reaches_tags_and_params(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "jdoe")
+    monkeypatch.setattr(sys, "argv", ["/srv/programs/train-everything.py"])
     params = {"index": str(folder), "by": "jdoe", "init": {"path": "secret.pth"}}
     tags = {"mlflow.user": "jdoe", "note": sys.argv[0]}
     with Tracker(folder, QUICK) as tracker, tracker.run("study", params=params, tags=tags):
