@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SerializationInfo,
@@ -44,6 +45,10 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+]+$")]
+"""A name that people give to an init or a task: it becomes part of file names."""
 
 
 class ComponentConfig(Config):

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from medssl.config import ComponentConfig
+from medssl.config import ComponentConfig, Label
 from medssl.models.backbones.base import Backbone
 from medssl.scans.index import Index
 from medssl.transforms.sampling import Sample, SampleRequest
@@ -31,7 +31,7 @@ class DownstreamConfig(ComponentConfig):
         label: what the task is called in tables and figures; the task's name by default.
     """
 
-    label: str | None = None
+    label: Label | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from medssl.config import ComponentConfig, Config, component
+from medssl.config import ComponentConfig, Config, Label, component
 from medssl.models.backbones import BACKBONES
 from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
@@ -91,7 +91,7 @@ class StudyConfig(EvaluationSection):
     sampling: SamplingConfig
     backbone: Annotated[ComponentConfig, component(BACKBONES)]
     pretrain: PretrainSection | None = None
-    inits: dict[str, StudyInit] = Field(min_length=2)
+    inits: dict[Label, StudyInit] = Field(min_length=2)
     device: str = "auto"
     include_images: bool = False
     tracking: TrackingConfig = TrackingConfig()

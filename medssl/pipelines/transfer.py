@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from medssl.atomic import atomic_write
-from medssl.config import ComponentConfig, Config, component
+from medssl.config import ComponentConfig, Config, Label, component
 from medssl.downstream import DOWNSTREAM_TASKS
 from medssl.downstream.base import DownstreamTask
 from medssl.errors import ConfigError, LabelError, LeakageError
@@ -96,7 +96,7 @@ class TransferConfig(EvaluationSection):
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
     backbone: Annotated[ComponentConfig, component(BACKBONES)]
-    inits: dict[str, Annotated[ComponentConfig, component(INITS)]] = Field(min_length=2)
+    inits: dict[Label, Annotated[ComponentConfig, component(INITS)]] = Field(min_length=2)
     device: str = "auto"
     tracking: TrackingConfig = TrackingConfig()
 

@@ -85,22 +85,29 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add the values of one step; nothing is copied to the host."""
+        """Add the values of one step; nothing is copied to the host.
+
+        A metric that a batch leaves undefined (NaN: no labelled class in it) is passed over. The
+        loss never is.
+        """
         for name, value in values.items():
             number = value.detach().float()
-            self._sums[name] = self._sums[name] + number if name in self._sums else number.clone()
-        self._count += 1
+            counted = torch.ones_like(number) if name == "loss" else (~number.isnan()).float()
+            number = torch.where(counted > 0, number, 0)
+            self._sums[name] = self._sums.get(name, torch.zeros_like(number)) + number
+            self._counts[name] = self._counts.get(name, torch.zeros_like(number)) + counted
 
     def read(self) -> dict[str, float]:
         """Return the means since the last reading: the one place that waits for the device."""
         if not self._sums:
             return {}
-        values = (torch.stack(list(self._sums.values())) / self._count).tolist()
-        means = dict(zip(self._sums, values, strict=True))
-        self._sums, self._count = {}, 0
+        sums = torch.stack(list(self._sums.values()))
+        counts = torch.stack(list(self._counts.values()))
+        means = dict(zip(self._sums, (sums / counts).tolist(), strict=True))
+        self._sums, self._counts = {}, {}
         return means
 
 

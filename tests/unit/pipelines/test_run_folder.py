@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from medssl.config import Config
-from medssl.errors import ConfigError, MachineError
+from medssl.errors import ConfigError, DataError, MachineError
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 
 
@@ -142,3 +142,12 @@ def test_resuming_takes_the_same_config(tmp_path: Path):
 def test_the_command_line_leaves_out_where_the_program_lies(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["/opt/venv/bin/medssl", "study", "my study.yaml", "seed=1"])
     assert command_line() == "medssl study 'my study.yaml' seed=1"
+
+
+def test_a_run_is_held_to_the_data_it_was_started_on(tmp_path: Path):
+    RunFolder(tmp_path, Small(), "medssl").pin_data({"index": "a", "store": "b"})
+    RunFolder(tmp_path, Small(), "medssl").pin_data({"index": "a", "store": "b"})
+    again = RunFolder(tmp_path, Small(), "medssl")
+    with pytest.raises(DataError, match=r"the data have changed .* \(store\)"):
+        again.pin_data({"index": "a", "store": "c"})
+    assert provenance(tmp_path)["data"] == {"index": "a", "store": "b"}

@@ -364,3 +364,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
         "device: cuda is asked for, and torch sees no GPU on this machine. "
         "Set device=auto, or run medssl doctor to see why."
     )
+
+
+def test_a_metric_that_one_batch_leaves_undefined_is_the_mean_of_the_others():
+    meter = Meter()
+    for dice in (0.5, math.nan, 0.7):
+        meter.add({"loss": torch.tensor(1.0), "dice": torch.tensor(dice)})
+    assert meter.read() == pytest.approx({"loss": 1.0, "dice": 0.6})
+
+
+def test_a_loss_that_is_not_a_number_is_never_passed_over():
+    meter = Meter()
+    for loss in (1.0, math.nan):
+        meter.add({"loss": torch.tensor(loss)})
+    assert math.isnan(meter.read()["loss"])
