@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from medssl.config import ComponentConfig
-from medssl.registry import Registry
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,6 +39,3 @@ class Executor(ABC):
         Raises:
             MachineError: worker processes cannot be started, or one died and ``lost`` is absent.
         """
-
-
-EXECUTORS: Registry[Executor] = Registry("executor", "medssl.executors", "Executor")

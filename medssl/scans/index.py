@@ -36,7 +36,8 @@ from medssl.scans.files import (
     remembered,
     save_locations,
 )
-from medssl.scans.formats.base import FORMATS, REASONS, Volume
+from medssl.scans.formats import FORMATS
+from medssl.scans.formats.base import REASONS, Volume
 from medssl.scans.identity import Salt, private_folder
 from medssl.scans.patients import PatientFinder, PatientsConfig
 from medssl.scans.rows import INDEX_SCHEMA, make_rows, summarize

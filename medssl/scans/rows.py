@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from medssl.scans.formats.base import FORMATS, REASONS, Group, Header
+from medssl.scans.formats import FORMATS
+from medssl.scans.formats.base import REASONS, Group, Header
 from medssl.scans.geometry import orientation_of, spacing_of
 from medssl.scans.identity import Salt
 from medssl.scans.patients import PatientFinder, check_all_found

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
-from medssl.registry import Registry
+from medssl.scans.formats import FORMATS
 from medssl.scans.identity import Salt
 
 MAX_VOXELS = 2**29  # 2 GiB as float32; a whole-body CT of 1024 x 1024 x 500 just fits
@@ -145,9 +145,6 @@ class ScanFormat(ABC):
         Raises:
             RejectedScan: the files cannot be read any more.
         """
-
-
-FORMATS: Registry[ScanFormat] = Registry("scan format", "medssl.scans.formats", "ScanFormat")
 
 
 def load_formats() -> list[ScanFormat]:

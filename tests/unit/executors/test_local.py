@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from medssl.errors import MachineError
-from medssl.executors.base import EXECUTORS
+from medssl.executors import EXECUTORS
 from medssl.executors.local import Config, LocalExecutor, auto_workers
 
 

@@ -137,6 +137,7 @@ def test_resuming_needs_a_run(tmp_path: Path):
 def test_resuming_takes_the_same_config(tmp_path: Path):
     RunFolder(tmp_path, Small(), "medssl study")
     RunFolder(tmp_path, Small(), "medssl study", resume=True)
+    assert provenance(tmp_path)["restarts"] == 1
 
 
 def test_the_command_line_leaves_out_where_the_program_lies(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.pipelines.index import describe, index_scans
 from medssl.scans import files as files_module
-from medssl.scans.formats.base import FORMATS, REASONS
+from medssl.scans.formats import FORMATS
+from medssl.scans.formats.base import REASONS
 from medssl.scans.identity import Salt
 from medssl.scans.index import Index, IndexConfig, plan_index
 from medssl.scans.patients import PatientsConfig
