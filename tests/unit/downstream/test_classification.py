@@ -101,7 +101,7 @@ def test_another_metric_than_the_three_is_refused(tmp_path: Path):
 def test_the_task_is_called_by_its_label(index: Index, tmp_path: Path):
     path = table(tmp_path, ["a", "b"])
     assert task(index, path).name == "classification"
-    assert task(index, path, label="cyst or not").name == "cyst or not"
+    assert task(index, path, label="cyst_or_not").name == "cyst_or_not"
 
 
 def test_a_batch_carries_the_classes_of_its_scans(index: Index, tmp_path: Path):
