@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import yaml
 
 from medssl.atomic import atomic_write
 from medssl.errors import DataError
@@ -102,9 +100,3 @@ def _metrics_of(folder: Path) -> dict[str, str]:
         return {}
     table = pd.read_csv(results)
     return dict(zip(table["task"].astype(str), table["metric"].astype(str), strict=True))
-
-
-def load_statistics(folder: Path) -> StatisticsConfig:
-    """Return the statistics section of a run's configuration."""
-    content: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return StatisticsConfig.model_validate(content.get("statistics", {}))

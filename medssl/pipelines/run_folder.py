@@ -124,8 +124,16 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
 
 
 def command_line() -> str:
-    """Return the command this process was started with, without the program's path."""
-    return shlex.join(["medssl", *sys.argv[1:]])
+    """Return the command this process was started with, without the folders of absolute paths.
+
+    It goes into the report, and such folders name accounts, projects and sometimes patients.
+    """
+    return shlex.join(["medssl", *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(argument: str) -> str:
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else argument
 
 
 def _has_results(path: Path) -> bool:

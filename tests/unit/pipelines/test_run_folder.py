@@ -152,3 +152,15 @@ def test_a_run_is_held_to_the_data_it_was_started_on(tmp_path: Path):
     with pytest.raises(DataError, match=r"the data have changed .* \(store\)"):
         again.pin_data({"index": "a", "store": "c"})
     assert provenance(tmp_path)["data"] == {"index": "a", "store": "b"}
+
+
+def test_the_command_line_leaves_out_folders_of_absolute_paths(monkeypatch: pytest.MonkeyPatch):
+    said = [
+        "medssl",
+        "study",
+        "/home/jdoe/our.yaml",
+        "index.folder=/archive/DOE_JANE/ct",
+        "--out=~/r",
+    ]
+    monkeypatch.setattr("sys.argv", said)
+    assert command_line() == "medssl study our.yaml index.folder=ct --out=r"
