@@ -191,7 +191,8 @@ def test_a_signal_ends_the_study_as_killed_and_says_how_to_go_on(
 def test_a_second_process_on_the_same_run_folder_is_refused(study: Study, tmp_path: Path):
     process = start(study, tmp_path)
     try:
-        wait_for(tmp_path / "runs" / "tiny" / "journal.jsonl", process)
+        wait_for(tmp_path / "runs" / "tiny" / "config.yaml", process)
+        process.send_signal(signal.SIGSTOP)  # so that it still holds the folder, however slow we are
         second = medssl("study", study.config, "--out", "runs/tiny", cwd=tmp_path)
     finally:
         process.kill()
