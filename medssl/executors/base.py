@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from medssl.config import ComponentConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+Loss = Literal["too_slow", "out_of_memory", "died"]
+"""How the worker that had an item was lost: over its time, over its memory, or in a crash."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What one item may cost its worker before the worker is ended.
+
+    Attributes:
+        seconds: for one item; more ends it as ``too_slow``.
+        megabytes: that the worker's memory may grow beyond what it holds at its start; more ends
+            the item as ``out_of_memory``. None: no limit.
+    """
+
+    seconds: float
+    megabytes: int | None = None
 
 
 class Executor(ABC):
@@ -22,20 +40,24 @@ class Executor(ABC):
     def map(
         self,
         function: Callable[[Item], Result],
-        items: Sequence[Item],
+        items: Iterable[Item],
         *,
-        lost: Callable[[Item], Result] | None = None,
-        chunk_size: int | None = None,
+        lost: Callable[[Item, Loss], Result] | None = None,
+        guard: Guard | None = None,
+        chunk_size: int = 1,
     ) -> Iterator[Result]:
         """Yield ``function(item)`` for every item, in the order of the items.
 
         Args:
             function: picklable; its exceptions reach the caller.
-            items: picklable.
-            lost: gives the result of an item whose worker process died (killed for memory, crashed
-                in a decoder). Without it such a death is a `MachineError`.
-            chunk_size: items sent to a worker at once; chosen from their number when absent.
+            items: picklable; read as they are needed, so that a stream of any length takes no more
+                memory than what is in flight.
+            lost: gives the result of an item that cost its worker more than the guard allows, or
+                whose worker died (crashed in a decoder, killed for memory). It costs no other item
+                its result. Without it such a loss is a `MachineError`.
+            guard: what one item may cost; None: no limit.
+            chunk_size: items sent to a worker at once.
 
         Raises:
-            MachineError: worker processes cannot be started, or one died and ``lost`` is absent.
+            MachineError: workers cannot be started, or one was lost and ``lost`` is absent.
         """

@@ -179,7 +179,7 @@ class Index:
             sizes = [path.stat().st_size for path in paths]
             if sizes != [size for _, size in self.paths[scan_key]]:
                 raise DataError(changed)
-            volume = FORMATS.load(row["format"])().read_voxels(paths)
+            volume = FORMATS.load(row["format"])().read_voxels(paths, {})
         except RejectedScan as error:
             raise DataError(
                 f"scan {scan_key} cannot be read ({error.reason}). {REASONS.get(error.reason, '')}"
@@ -194,7 +194,7 @@ class Index:
                 f"scan {scan_key}: its files cannot be opened. Check their permissions."
             ) from None
         expected = np.asarray(row["affine"]).reshape(4, 4)
-        if volume.voxels.shape != tuple(row["shape"]) or not np.allclose(
+        if volume.voxels_CXYZ.shape[1:] != tuple(row["shape"]) or not np.allclose(
             volume.affine, expected, atol=_AFFINE_TOLERANCE_MM
         ):
             raise DataError(changed)

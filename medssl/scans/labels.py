@@ -148,7 +148,12 @@ def read_mask(path: Path, scan: Scan) -> npt.NDArray[np.uint8]:
         raise LabelError(
             f"the mask of scan {scan.scan_key} cannot be opened. Check that it is there."
         ) from None
-    values = volume.voxels
+    if len(volume.voxels_CXYZ) != 1:
+        raise LabelError(
+            f"the mask of scan {scan.scan_key} has {len(volume.voxels_CXYZ)} volumes in one file, "
+            "wanted one. Give one mask with a number for each class."
+        )
+    values = volume.voxels_CXYZ[0]
     if values.min() < 0 or values.max() > 255 or not np.array_equal(values, np.round(values)):
         raise LabelError(
             f"the mask of scan {scan.scan_key} holds values from {values.min():g} to "

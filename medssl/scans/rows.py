@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from medssl.scans.formats import FORMATS
-from medssl.scans.formats.base import REASONS, Group, Header
+from medssl.scans.formats.base import REASONS, Group, GroupingConfig, Header
 from medssl.scans.geometry import orientation_of, spacing_of
 from medssl.scans.identity import Salt
 from medssl.scans.patients import PatientFinder, check_all_found
@@ -89,7 +89,7 @@ def _groups(headers: Sequence[Header]) -> list[tuple[str, Group]]:
             rejected[header.format, header.path, header.reason].append(header)
     groups = []
     for name, members in sorted(usable.items()):
-        groups += [(name, group) for group in FORMATS.load(name)().group(members)]
+        groups += [(name, group) for group in FORMATS.load(name)().group(members, GroupingConfig())]
     for (name, identity, reason), members in rejected.items():
         ordered = tuple(sorted(members, key=lambda header: header.path))
         flags = sorted({flag for header in ordered for flag in header.facts.get("flags", ())})

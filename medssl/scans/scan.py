@@ -65,7 +65,7 @@ def read_scan(index: Index, scan_key: str) -> Scan:
     volume = index.read_volume(scan_key)
     return Scan(
         scan_key=scan_key,
-        voxels_CXYZ=volume.voxels[np.newaxis],
+        voxels_CXYZ=volume.voxels_CXYZ,
         affine=volume.affine,
         dims=row["dims"],
         intensity=row["intensity"],

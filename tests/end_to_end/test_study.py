@@ -192,7 +192,9 @@ def test_a_second_process_on_the_same_run_folder_is_refused(study: Study, tmp_pa
     process = start(study, tmp_path)
     try:
         wait_for(tmp_path / "runs" / "tiny" / "config.yaml", process)
-        process.send_signal(signal.SIGSTOP)  # so that it still holds the folder, however slow we are
+        process.send_signal(
+            signal.SIGSTOP
+        )  # so that it still holds the folder, however slow we are
         second = medssl("study", study.config, "--out", "runs/tiny", cwd=tmp_path)
     finally:
         process.kill()

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +42,7 @@ from medssl.scans.formats._stacking import check_directions, gap_tolerance_mm, s
 from medssl.scans.formats.base import (
     MAX_FILE_BYTES,
     Group,
+    GroupingConfig,
     Header,
     ScanFormat,
     Volume,
@@ -114,11 +115,11 @@ class DicomFormat(ScanFormat):
             facts=facts,
         )
 
-    def group(self, headers: Sequence[Header]) -> list[Group]:
+    def group(self, headers: Sequence[Header], config: GroupingConfig) -> list[Group]:
         """See `ScanFormat.group`."""
         return _dicom_groups.group_headers(headers)
 
-    def read_voxels(self, paths: Sequence[Path]) -> Volume:
+    def read_voxels(self, paths: Sequence[Path], reading: Mapping[str, Any]) -> Volume:
         """See `ScanFormat.read_voxels`: highdicom decodes, rescales each slice and stacks."""
         with _quiet():
             datasets = [_read_slice(path) for path in paths]
@@ -347,7 +348,7 @@ def _assemble(datasets: list[FileDataset]) -> Volume:
         raise RejectedScan("nan_voxels", "some voxels are not finite")
     if len(ordered) == 1:
         voxels = voxels[:, :, 0]
-    return Volume(np.ascontiguousarray(voxels), stack.affine)
+    return Volume(np.ascontiguousarray(voxels)[np.newaxis], stack.affine)
 
 
 def _sop_class(dataset: FileDataset) -> str:

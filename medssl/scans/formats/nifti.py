@@ -8,7 +8,7 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
-from medssl.scans.formats.base import Group, Header, ScanFormat, Volume, check_size
+from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume, check_size
 from medssl.scans.geometry import shear_of
 from medssl.scans.identity import Salt
 
@@ -44,22 +44,24 @@ class NiftiFormat(ScanFormat):
         """See `ScanFormat.read_header`: the voxels are read, to see whether they are usable."""
         with _quiet():
             volume, flags = _read(path)
-            reason = "label_map" if "label_intent" in flags else _unusable(volume.voxels)
-        digest = hashlib.sha256(repr((volume.voxels.shape, volume.affine.tolist())).encode())
-        digest.update(np.ascontiguousarray(volume.voxels).data)
+            reason = "label_map" if "label_intent" in flags else _unusable(volume.voxels_CXYZ)
+        digest = hashlib.sha256(
+            repr((volume.voxels_CXYZ.shape[1:], volume.affine.tolist())).encode()
+        )
+        digest.update(np.ascontiguousarray(volume.voxels_CXYZ).data)
         return Header(
             path=relative,
             format=self.name,
             reason=reason,
             digest="" if reason else digest.hexdigest(),
             facts={
-                "shape": list(volume.voxels.shape),
+                "shape": list(volume.voxels_CXYZ.shape[1:]),
                 "affine": volume.affine.ravel().tolist(),
                 "flags": flags,
             },
         )
 
-    def group(self, headers: Sequence[Header]) -> list[Group]:
+    def group(self, headers: Sequence[Header], config: GroupingConfig) -> list[Group]:
         """See `ScanFormat.group`: every file is a scan of its own."""
         return [
             Group(
@@ -75,7 +77,7 @@ class NiftiFormat(ScanFormat):
             for header in headers
         ]
 
-    def read_voxels(self, paths: Sequence[Path]) -> Volume:
+    def read_voxels(self, paths: Sequence[Path], reading: Mapping[str, Any]) -> Volume:
         """See `ScanFormat.read_voxels`."""
         with _quiet():
             return _read(paths[0])[0]
@@ -114,7 +116,7 @@ def _read(path: Path) -> tuple[Volume, list[str]]:
         raise RejectedScan("truncated_pixels" if short else "unreadable") from None
     except Exception:  # noqa: BLE001  (a damaged file can fail in any way)
         raise RejectedScan("unreadable") from None
-    return Volume(voxels.reshape(shape), affine), flags
+    return Volume(voxels.reshape(1, *shape), affine), flags
 
 
 def _shape_in_file(path: Path) -> tuple[int, ...]:

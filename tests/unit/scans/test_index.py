@@ -15,7 +15,7 @@ from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.pipelines.index import describe, index_scans
 from medssl.scans import files as files_module
 from medssl.scans.formats import FORMATS
-from medssl.scans.formats.base import REASONS
+from medssl.scans.formats.base import REASONS, GroupingConfig
 from medssl.scans.identity import Salt
 from medssl.scans.index import Index, IndexConfig, plan_index
 from medssl.scans.patients import PatientsConfig
@@ -374,12 +374,12 @@ def test_no_damage_to_a_file_ends_the_run(tmp_path, whole_files, name, content, 
     header = files_module.parse_file(tmp_path, Salt(bytes(32)), name)
     assert header.reason in {"", *REASONS}
     if not header.reason:
-        (group,) = FORMATS.load(header.format)().group([header])
+        (group,) = FORMATS.load(header.format)().group([header], GroupingConfig())
         if not group.reason:
             _read_or_reject(header.format, tmp_path / name)
 
 
 def _read_or_reject(name, path):
     with contextlib.suppress(RejectedScan):
-        volume = FORMATS.load(name)().read_voxels([path])
+        volume = FORMATS.load(name)().read_voxels([path], {})
         assert np.isfinite(volume.affine).all()

@@ -13,7 +13,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from medssl.errors import GeometryError, RejectedScan
 from medssl.scans.formats._dicom_writer import write_series
-from medssl.scans.formats.base import REASONS
+from medssl.scans.formats.base import REASONS, GroupingConfig
 from medssl.scans.formats.dicom import DicomFormat
 from medssl.scans.identity import Salt
 from samples import (
@@ -37,7 +37,9 @@ def group_of(folder):
         for path in sorted(folder.rglob("*.dcm"))
     ]
     rejected = [header.reason for header in headers if header.reason]
-    return DICOM.group([header for header in headers if not header.reason]), rejected
+    return DICOM.group(
+        [header for header in headers if not header.reason], GroupingConfig()
+    ), rejected
 
 
 def read_back(folder):
@@ -45,7 +47,7 @@ def read_back(folder):
     assert not rejected
     (group,) = groups
     assert group.reason == ""
-    return group, DICOM.read_voxels([folder / header.path for header in group.headers])
+    return group, DICOM.read_voxels([folder / header.path for header in group.headers], {})
 
 
 def edit(path, **values):
@@ -75,7 +77,7 @@ def test_real_volume_as_series_reads_back_as_it_was(tmp_path, signed, rescale, o
     affine = OBLIQUE if oblique else affine
     write_dicom_series(volume, affine, tmp_path, signed=signed, rescale=rescale)
     _, read = read_back(tmp_path)
-    np.testing.assert_array_equal(read.voxels, volume.astype(np.float32))
+    np.testing.assert_array_equal(read.voxels_CXYZ[0], volume.astype(np.float32))
     np.testing.assert_allclose(read.affine, affine, atol=1e-6)
 
 
@@ -89,10 +91,10 @@ def test_whatever_is_grouped_is_assembled_where_it_lies(tmp_path, affine, shape,
     intercept = float(np.floor(values.min()))
     write_dicom_series(values, affine, folder, signed=False, rescale=(slope, intercept), seed=seed)
     group, read = read_back(folder)
-    assert group.shape == read.voxels.shape
+    assert group.shape == read.voxels_CXYZ[0].shape
     np.testing.assert_allclose(group.affine, read.affine)
-    expected = linear_values(read.affine, read.voxels.shape)
-    np.testing.assert_allclose(read.voxels, expected, atol=slope + 1e-3)
+    expected = linear_values(read.affine, read.voxels_CXYZ[0].shape)
+    np.testing.assert_allclose(read.voxels_CXYZ[0], expected, atol=slope + 1e-3)
 
 
 def test_rescaling_is_applied_slice_by_slice(tmp_path):
@@ -101,7 +103,7 @@ def test_rescaling_is_applied_slice_by_slice(tmp_path):
     for number, path in enumerate(paths):
         edit(path, RescaleSlope=number + 1, RescaleIntercept=0)
     _, read = read_back(tmp_path)
-    assert read.voxels[0, 0].tolist() == [100, 202, 306, 412]
+    assert read.voxels_CXYZ[0][0, 0].tolist() == [100, 202, 306, 412]
 
 
 def test_windows_for_display_do_not_touch_the_values(tmp_path):
@@ -109,7 +111,9 @@ def test_windows_for_display_do_not_touch_the_values(tmp_path):
     extra = {"WindowCenter": 40, "WindowWidth": 10}
     write_dicom_series(volume, np.eye(4), tmp_path, modality="CT", extra=extra)
     group, read = read_back(tmp_path)
-    np.testing.assert_array_equal(np.sort(read.voxels, axis=None), np.sort(volume, axis=None))
+    np.testing.assert_array_equal(
+        np.sort(read.voxels_CXYZ[0], axis=None), np.sort(volume, axis=None)
+    )
     assert group.intensity == "HU"
 
 
@@ -118,7 +122,7 @@ def test_single_slice_is_a_2d_scan(tmp_path):
     group, read = read_back(tmp_path)
     assert (group.dims, group.shape) == ("2D", (6, 5))
     expected = linear_values(read.affine, (6, 5, 1))[..., 0]
-    np.testing.assert_allclose(read.voxels, expected, atol=0.6)
+    np.testing.assert_allclose(read.voxels_CXYZ[0], expected, atol=0.6)
 
 
 def test_radiograph_needs_no_place_in_the_patient(tmp_path):
@@ -136,7 +140,7 @@ def test_inverted_radiograph_is_turned_to_white_on_black(tmp_path):
     edit(path, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
     group, read = read_back(tmp_path)
     assert "monochrome1" in group.flags
-    assert read.voxels.tolist() == [[4095, 3095, 0]]
+    assert read.voxels_CXYZ[0].tolist() == [[4095, 3095, 0]]
 
 
 def test_run_length_encoding_is_read(tmp_path):
@@ -146,7 +150,9 @@ def test_run_length_encoding_is_read(tmp_path):
         dataset.compress(RLELossless)
         dataset.save_as(path)
     _, read = read_back(tmp_path)
-    np.testing.assert_array_equal(np.sort(read.voxels, axis=None), np.sort(volume, axis=None))
+    np.testing.assert_array_equal(
+        np.sort(read.voxels_CXYZ[0], axis=None), np.sort(volume, axis=None)
+    )
 
 
 def test_two_series_in_one_folder_stay_apart(tmp_path):
@@ -334,7 +340,7 @@ def test_file_without_the_dicom_mark_is_read(tmp_path):
         path.write_bytes(content[start:])
         assert DICOM.claims(path.with_suffix(""), path.read_bytes()[:512])
     _, read = read_back(folder)
-    assert read.voxels.shape == (8, 7, 6)
+    assert read.voxels_CXYZ[0].shape == (8, 7, 6)
 
 
 def test_header_holds_no_identifier(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from medssl.errors import RejectedScan
+from medssl.scans.formats.base import GroupingConfig
 from medssl.scans.formats.nifti import NiftiFormat, read_grid
 from medssl.scans.identity import Salt
 from samples import OBLIQUE, linear_values, linear_volume, rotation_affine, write_nifti
@@ -33,11 +34,11 @@ def reason_of(path):
 def test_values_lie_where_they_were(tmp_path, affine, shape):
     values = linear_values(affine, shape)
     path = write_nifti(tmp_path / "x.nii", values, affine)
-    (group,) = NIFTI.group([header_of(path)])
-    read = NIFTI.read_voxels([path])
-    assert group.shape == read.voxels.shape == shape
+    (group,) = NIFTI.group([header_of(path)], GroupingConfig())
+    read = NIFTI.read_voxels([path], {})
+    assert group.shape == read.voxels_CXYZ[0].shape == shape
     np.testing.assert_allclose(group.affine, read.affine)
-    np.testing.assert_allclose(read.voxels, linear_values(read.affine, shape), atol=0.05)
+    np.testing.assert_allclose(read.voxels_CXYZ[0], linear_values(read.affine, shape), atol=0.05)
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -45,7 +46,7 @@ def test_values_lie_where_they_were(tmp_path, affine, shape):
 def test_both_versions_are_read_plain_and_zipped(tmp_path, name, maker):
     volume = linear_volume(affine=OBLIQUE)
     maker(volume, OBLIQUE).to_filename(tmp_path / name)
-    np.testing.assert_array_equal(NIFTI.read_voxels([tmp_path / name]).voxels, volume)
+    np.testing.assert_array_equal(NIFTI.read_voxels([tmp_path / name], {}).voxels_CXYZ[0], volume)
     assert reason_of(tmp_path / name) == ""
 
 
@@ -54,7 +55,7 @@ def test_stored_scaling_is_applied(tmp_path):
     image.header.set_slope_inter(0.5, -1000)
     image.to_filename(tmp_path / "a.nii")
     expected = linear_volume() * 0.5 - 1000.0
-    np.testing.assert_allclose(NIFTI.read_voxels([tmp_path / "a.nii"]).voxels, expected)
+    np.testing.assert_allclose(NIFTI.read_voxels([tmp_path / "a.nii"], {}).voxels_CXYZ[0], expected)
 
 
 def test_last_axes_of_one_are_dropped(tmp_path):
@@ -64,7 +65,7 @@ def test_last_axes_of_one_are_dropped(tmp_path):
 
 def test_single_slice_is_a_2d_scan(tmp_path):
     path = write_nifti(tmp_path / "a.nii", linear_volume((8, 7, 1)))
-    (group,) = NIFTI.group([header_of(path)])
+    (group,) = NIFTI.group([header_of(path)], GroupingConfig())
     assert (group.dims, group.shape) == ("2D", (8, 7))
 
 
