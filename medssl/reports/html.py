@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from medssl.atomic import atomic_write
 from medssl.reports.contents import Contents, read_contents
@@ -28,6 +23,7 @@ from medssl.reports.figures import (
     patient_pictures,
     pretraining_pictures,
 )
+from medssl.reports.page import data_uri, environment, style
 from medssl.reports.tables import (
     by_protocol,
     comparison_rows,
@@ -68,8 +64,8 @@ def build_report(run_folder: Path) -> Path:
         for picture in group:
             atomic_write(run_folder / FIGURES / f"{picture.name}.png", picture.light)
     page = (
-        _environment()
-        .from_string(_template("report.html.j2"))
+        environment()
+        .get_template("report.html.j2")
         .render(**_words(contents), **pictures, examples=_examples(run_folder))
     )
     path = run_folder / REPORT_NAME
@@ -81,7 +77,7 @@ def _words(contents: Contents) -> dict[str, Any]:
     """Return everything of the page that is not a figure."""
     found = verdicts(contents)
     return {
-        "style": Markup(_template("report.css")),  # noqa: S704  (our own file)
+        "style": style("report.css"),
         "name": contents.name,
         "headline": headline(contents),
         "reference": init_name(contents.reference),
@@ -127,23 +123,7 @@ def _examples(run_folder: Path) -> list[dict[str, str]]:
     return [
         {
             "title": init_name(path.stem.removeprefix("pretext_")),
-            "image": _data_uri(path.read_bytes()),
+            "image": data_uri(path.read_bytes()),
         }
         for path in sorted((run_folder / FIGURES).glob("pretext_*.png"))
     ]
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["data_uri"] = _data_uri
-    return environment
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _template(name: str) -> str:
-    return files("medssl.reports").joinpath("templates", name).read_text(encoding="utf-8")
