@@ -1,63 +1,99 @@
-"""NIfTI-1 and NIfTI-2, single files, plain or gzipped, by nibabel."""
+"""NIfTI-1 and NIfTI-2, single files, plain or gzipped."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import logging
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
-from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume, check_size
-from medssl.scans.geometry import shear_of
+from medssl.scans.formats._nifti_geometry import Affine, affine_of
+from medssl.scans.formats._nifti_header import HEADER_BYTES, Layout, byte_order, is_single_file
+from medssl.scans.formats._nifti_sidecar import (
+    SUFFIX,
+    belongs_to_image,
+    images_of,
+    read_sidecar,
+    sidecar_of,
+)
+from medssl.scans.formats._nifti_stream import open_stream, read_head, unzipped_head
+from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume
 from medssl.scans.identity import Salt
 
 _SUFFIXES = (".nii", ".nii.gz")
-_MAX_OFFSET_BYTES = 2**24  # header extensions before the voxels; real ones take kilobytes
-_MAX_SHEAR = 1e-3  # cosine between two axes
-_AFFINE_TOLERANCE_MM = 1e-2
-_LABEL_INTENT = 1002
+_PAIR_HEADERS = (".hdr", ".hdr.gz")
+_PAIR_IMAGES = (".img", ".img.gz")
 _LABEL_MAP_VALUES = 8  # a scan has more different values than this
-_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
 
 class NiftiFormat(ScanFormat):
-    """NIfTI files: one 2D image or 3D volume each."""
+    """NIfTI files: one 2D image, 3D volume (with channels) or cine each.
+
+    A JSON file beside an image gives its modality and patient. Pairs of .hdr and .img, and
+    Analyze 7.5, are recognised and rejected.
+    """
 
     name = "nifti"
 
     def claims(self, path: Path, head: bytes) -> bool:
-        """See `ScanFormat.claims`: by name, or by the magic word of an uncompressed file."""
-        return path.name.lower().endswith(_SUFFIXES) or head[344:348] == b"n+1\x00"
+        """See `ScanFormat.claims`: by name, by the magic word, or by the image it belongs to."""
+        name = path.name.lower()
+        if name.endswith(_SUFFIXES) or is_single_file(unzipped_head(head, HEADER_BYTES)):
+            return True
+        if name.endswith(SUFFIX):
+            return belongs_to_image(path)
+        return _is_half_of_pair(path, head)
+
+    def companions(self, path: Path) -> tuple[Path, ...]:
+        """Return the files beside this one on which its header depends, whether there or not.
+
+        A header that was read once holds as long as the file and all of these stay as they are.
+        """
+        name = path.name.lower()
+        if name.endswith(SUFFIX):
+            return images_of(path)
+        if name.endswith(_PAIR_IMAGES):
+            return _pair_headers(path)
+        sidecar = sidecar_of(path)
+        return () if sidecar is None else (sidecar,)
 
     def read_header(self, path: Path, relative: str, salt: Salt) -> Header:
         """See `ScanFormat.read_header`: the voxels are read, to see whether they are usable."""
-        with _quiet():
-            volume, flags = _read(path)
-            reason = "label_map" if "label_intent" in flags else _unusable(volume.voxels_CXYZ)
-        digest = hashlib.sha256(
-            repr((volume.voxels_CXYZ.shape[1:], volume.affine.tolist())).encode()
-        )
-        digest.update(np.ascontiguousarray(volume.voxels_CXYZ).data)
+        name = path.name.lower()
+        if name.endswith(SUFFIX):
+            raise RejectedScan("sidecar")
+        if name.endswith((*_PAIR_HEADERS, *_PAIR_IMAGES)):
+            raise RejectedScan("analyze")
+        with open_stream(path) as stream:
+            layout = stream.layout
+            affine, flags = _placed(layout)
+            digest = hashlib.sha256(repr((layout.dims, layout.shape, affine.tolist())).encode())
+            look = _Look()
+            for values in stream.values():
+                look.at(values)
+                digest.update(values.data)
+        sidecar = read_sidecar(path, salt)
+        if not sidecar.readable:
+            flags.append("sidecar_unreadable")
+        reason = layout.reason or look.reason
         return Header(
             path=relative,
             format=self.name,
             reason=reason,
+            patient_key=sidecar.patient_key,
             digest="" if reason else digest.hexdigest(),
             facts={
-                "shape": list(volume.voxels_CXYZ.shape[1:]),
-                "affine": volume.affine.ravel().tolist(),
-                "flags": flags,
+                "dims": layout.dims,
+                "shape": list(layout.shape),
+                "num_channels": layout.num_channels,
+                "affine": affine.ravel().tolist(),
+                "modality": sidecar.modality,
+                "sidecar": sidecar.digest,
+                "flags": sorted(flags),
             },
         )
 
@@ -67,9 +103,10 @@ class NiftiFormat(ScanFormat):
             Group(
                 identity=header.path,
                 headers=(header,),
-                modality="",
-                dims="2D" if len(header.facts["shape"]) == 2 else "3D",
+                modality=header.facts["modality"],
+                dims=header.facts["dims"],
                 shape=tuple(header.facts["shape"]),
+                num_channels=header.facts["num_channels"],
                 affine=np.array(header.facts["affine"]).reshape(4, 4),
                 intensity="arbitrary",
                 flags=tuple(header.facts["flags"]),
@@ -79,8 +116,7 @@ class NiftiFormat(ScanFormat):
 
     def read_voxels(self, paths: Sequence[Path], reading: Mapping[str, Any]) -> Volume:
         """See `ScanFormat.read_voxels`."""
-        with _quiet():
-            return _read(paths[0])[0]
+        return read_grid(paths[0])
 
 
 def read_grid(path: Path) -> Volume:
@@ -89,121 +125,66 @@ def read_grid(path: Path) -> Volume:
     Raises:
         RejectedScan: it cannot be read.
     """
-    with _quiet():
-        return _read(path)[0]
+    with open_stream(path) as stream:
+        layout = stream.layout
+        affine, _ = _placed(layout)
+        voxels = np.empty(layout.num_values, np.float32)
+        start = 0
+        for values in stream.values():
+            voxels[start : start + len(values)] = values
+            start += len(values)
+    return Volume(layout.arrange(voxels), affine)
 
 
-def _read(path: Path) -> tuple[Volume, list[str]]:
-    shape = _shape_in_file(path)
-    try:
-        image: Any = nib.load(path)
-        header = image.header
-        flags: list[str] = []
-        affine = _affine(image, flags)
-        if int(header["intent_code"]) == _LABEL_INTENT:
-            flags.append("label_intent")
-        dtype = image.get_data_dtype()
-        if dtype.kind == "c":
-            raise RejectedScan("complex_unsupported")
-        if dtype.names:
-            raise RejectedScan("colour_unsupported")
-        voxels = np.asarray(image.dataobj, dtype=np.float32)
-    except RejectedScan:
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile, OSError, ValueError) as error:
-        # nibabel reports missing bytes as OSError "Expected … bytes, got …".
-        short = isinstance(error, EOFError) or "xpected" in str(error)
-        raise RejectedScan("truncated_pixels" if short else "unreadable") from None
-    except Exception:  # noqa: BLE001  (a damaged file can fail in any way)
-        raise RejectedScan("unreadable") from None
-    return Volume(voxels.reshape(1, *shape), affine), flags
+def _placed(layout: Layout) -> tuple[Affine, list[str]]:
+    with np.errstate(all="ignore"):  # what is not finite is looked for, and rejected
+        affine, flags = affine_of(layout.fields, 3 if layout.dims == "3D" else 2)
+    return affine, [*layout.flags, *flags]
 
 
-def _shape_in_file(path: Path) -> tuple[int, ...]:
-    """Read the dimensions from the first bytes, and refuse what would be too large to load.
+class _Look:
+    """Sees all values of a scan go by, and says why they are no scan, or ""."""
 
-    Source: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h and nifti2.h.
-    """
-    zipped = path.name.lower().endswith(".gz")
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            head = file.read(540)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise RejectedScan("unreadable", "not a gzip file") from None
-    for size, dim_at, dim_type, offset_at, offset_type in (
-        (348, 40, "8h", 108, "f"),
-        (540, 16, "8q", 168, "q"),
-    ):
-        for order in "<>":
-            if len(head) >= size and struct.unpack_from(order + "i", head)[0] == size:
-                dims = struct.unpack_from(order + dim_type, head, dim_at)
-                offset = struct.unpack_from(order + offset_type, head, offset_at)[0]
-                return _checked_shape(dims, float(offset))
-    raise RejectedScan("unreadable", "no NIfTI header")
+    def __init__(self) -> None:
+        self._finite = True
+        self._low, self._high = np.inf, -np.inf
+        self._few: npt.NDArray[np.float32] | None = np.empty(0, np.float32)
 
+    def at(self, values: npt.NDArray[np.float32]) -> None:
+        self._finite = self._finite and bool(np.isfinite(values).all())
+        if not self._finite:
+            return
+        self._low = min(self._low, float(values.min()))
+        self._high = max(self._high, float(values.max()))
+        # A mask holds a few whole numbers that fit a byte; the first few hundred values usually
+        # show that this is none.
+        for part in (values[:512], values):
+            if self._few is not None:
+                self._few = np.union1d(self._few, part)
+                if len(self._few) > _LABEL_MAP_VALUES or (self._few != np.round(self._few)).any():
+                    self._few = None
 
-def _checked_shape(dims: tuple[int, ...], offset: float) -> tuple[int, ...]:
-    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise RejectedScan("unreadable", "the dimensions in the header are invalid")
-    if not 0 <= offset <= _MAX_OFFSET_BYTES:
-        raise RejectedScan("too_large", "the header extensions are too large")
-    shape = list(dims[1 : dims[0] + 1])
-    num_voxels = 1
-    for size in shape:
-        num_voxels *= size
-    check_size(num_voxels)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape.pop()
-    if len(shape) > 3:
-        raise RejectedScan("multi_frame_unsupported", f"{len(shape)} dimensions")
-    if len(shape) < 2:
-        raise RejectedScan("nonfinite_geometry", "fewer than two dimensions")
-    return tuple(shape)
-
-
-def _affine(image: Any, flags: list[str]) -> npt.NDArray[np.float64]:
-    header = image.header
-    if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
-        raise RejectedScan("no_orientation", "neither sform nor qform is set")
-    affine = np.array(image.affine, dtype=np.float64)
-    if int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0:
-        other = image.get_qform()
-        if other is None or not np.allclose(affine, other, atol=_AFFINE_TOLERANCE_MM):
-            flags.append("sform_qform_differ")
-    unit = header.get_xyzt_units()[0]
-    affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
-    matrix = affine[:3, :3]
-    lengths = np.linalg.norm(matrix, axis=0)
-    if not np.isfinite(affine).all() or lengths.min() <= 0 or not np.isfinite(lengths).all():
-        raise RejectedScan("nonfinite_geometry", "the affine is not finite or has a zero axis")
-    if shear_of(affine) > _MAX_SHEAR:
-        raise RejectedScan("gantry_tilt", f"two axes have a cosine of {shear_of(affine):.4f}")
-    return affine
-
-
-def _unusable(voxels: npt.NDArray[np.float32]) -> str:
-    """Return why these voxels are no scan, or ""."""
-    if not np.isfinite(voxels).all():
-        return "nan_voxels"
-    low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
-        return "constant"
-    if low >= 0 and high < 256:
-        values = np.unique(voxels)
-        if len(values) <= _LABEL_MAP_VALUES and (values == np.round(values)).all():
+    @property
+    def reason(self) -> str:
+        if not self._finite:
+            return "nan_voxels"
+        if self._low == self._high:
+            return "constant"
+        if self._few is not None and self._low >= 0 and self._high < 256:
             return "label_map"
-    return ""
+        return ""
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep nibabel's warnings, which may hold text from the file, from getting out."""
-    logger = logging.getLogger("nibabel.global")
-    was = logger.disabled
-    try:
-        logger.disabled = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was
+def _is_half_of_pair(path: Path, head: bytes) -> bool:
+    name = path.name.lower()
+    if name.endswith(_PAIR_HEADERS):
+        return bool(byte_order(unzipped_head(head, HEADER_BYTES)))
+    if name.endswith(_PAIR_IMAGES):
+        return any(byte_order(read_head(header)) for header in _pair_headers(path))
+    return False
+
+
+def _pair_headers(path: Path) -> tuple[Path, ...]:
+    """Return where the header of an .img file would be."""
+    stem = path.name[: path.name.lower().rindex(".img")]
+    return tuple(path.with_name(stem + suffix) for suffix in _PAIR_HEADERS)

@@ -92,12 +92,7 @@ def with_nan():
         (np.full((4, 4, 4), np.inf, np.float32), "nan_voxels"),
         (np.zeros((4, 4, 4), np.float32), "constant"),
         (np.eye(5, dtype=np.uint8)[..., None].repeat(3, -1), "label_map"),
-        (linear_volume()[..., None].repeat(3, -1), "multi_frame_unsupported"),
         (linear_volume().astype(np.complex64), "complex_unsupported"),
-        (
-            np.zeros((4, 4, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
-            "colour_unsupported",
-        ),
     ],
 )
 def test_unusable_voxels_get_their_reason(tmp_path, voxels, reason):
