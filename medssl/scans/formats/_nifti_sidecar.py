@@ -43,7 +43,7 @@ class Sidecar:
     readable: bool = True
 
 
-def sidecar_of(path: Path) -> Path | None:
+def _sidecar_of(path: Path) -> Path | None:
     """Return where the sidecar of an image would be; None where its name has no known ending."""
     lower = path.name.lower()
     for suffix in _IMAGE_SUFFIXES:
@@ -52,16 +52,11 @@ def sidecar_of(path: Path) -> Path | None:
     return None
 
 
-def images_of(path: Path) -> tuple[Path, ...]:
-    """Return where the images of a sidecar would be."""
-    stem = path.name[: -len(SUFFIX)]
-    endings = (*_IMAGE_SUFFIXES, *(suffix.upper() for suffix in _IMAGE_SUFFIXES))
-    return tuple(path.with_name(stem + ending) for ending in endings)
-
-
 def belongs_to_image(path: Path) -> bool:
     """Say whether a JSON file lies beside an image of its name."""
-    return any(_is_regular(image) for image in images_of(path))
+    stem = path.name[: -len(SUFFIX)]
+    endings = (*_IMAGE_SUFFIXES, *(suffix.upper() for suffix in _IMAGE_SUFFIXES))
+    return any(_is_regular(path.with_name(stem + ending)) for ending in endings)
 
 
 def read_sidecar(path: Path, salt: Salt) -> Sidecar:
@@ -71,7 +66,7 @@ def read_sidecar(path: Path, salt: Salt) -> Sidecar:
         path: of the image.
         salt: turns the patient's name into a key.
     """
-    beside = sidecar_of(path)
+    beside = _sidecar_of(path)
     if beside is None or not _is_regular(beside):
         return Sidecar()
     try:

@@ -13,13 +13,7 @@ import numpy.typing as npt
 from medssl.errors import RejectedScan
 from medssl.scans.formats._nifti_geometry import Affine, affine_of
 from medssl.scans.formats._nifti_header import HEADER_BYTES, Layout, byte_order, is_single_file
-from medssl.scans.formats._nifti_sidecar import (
-    SUFFIX,
-    belongs_to_image,
-    images_of,
-    read_sidecar,
-    sidecar_of,
-)
+from medssl.scans.formats._nifti_sidecar import SUFFIX, belongs_to_image, read_sidecar
 from medssl.scans.formats._nifti_stream import open_stream, read_head, unzipped_head
 from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume
 from medssl.scans.identity import Salt
@@ -27,6 +21,7 @@ from medssl.scans.identity import Salt
 _SUFFIXES = (".nii", ".nii.gz")
 _PAIR_HEADERS = (".hdr", ".hdr.gz")
 _PAIR_IMAGES = (".img", ".img.gz")
+_EXACT = 2.0**24  # up to here float32 holds all whole numbers
 _LABEL_MAP_VALUES = 8  # a scan has more different values than this
 
 
@@ -38,6 +33,7 @@ class NiftiFormat(ScanFormat):
     """
 
     name = "nifti"
+    sidecars = (SUFFIX, ".hdr")  # the latter tells an image of a pair from any other .img
 
     def claims(self, path: Path, head: bytes) -> bool:
         """See `ScanFormat.claims`: by name, by the magic word, or by the image it belongs to."""
@@ -47,19 +43,6 @@ class NiftiFormat(ScanFormat):
         if name.endswith(SUFFIX):
             return belongs_to_image(path)
         return _is_half_of_pair(path, head)
-
-    def companions(self, path: Path) -> tuple[Path, ...]:
-        """Return the files beside this one on which its header depends, whether there or not.
-
-        A header that was read once holds as long as the file and all of these stay as they are.
-        """
-        name = path.name.lower()
-        if name.endswith(SUFFIX):
-            return images_of(path)
-        if name.endswith(_PAIR_IMAGES):
-            return _pair_headers(path)
-        sidecar = sidecar_of(path)
-        return () if sidecar is None else (sidecar,)
 
     def read_header(self, path: Path, relative: str, salt: Salt) -> Header:
         """See `ScanFormat.read_header`: the voxels are read, to see whether they are usable."""
@@ -77,6 +60,8 @@ class NiftiFormat(ScanFormat):
                 look.at(values)
                 digest.update(values.data)
         sidecar = read_sidecar(path, salt)
+        if layout.dtype.kind in "iu" and layout.scaling is None and look.largest > _EXACT:
+            flags.append("beyond_float32")
         if not sidecar.readable:
             flags.append("sidecar_unreadable")
         reason = layout.reason or look.reason
@@ -163,6 +148,11 @@ class _Look:
                 self._few = np.union1d(self._few, part)
                 if len(self._few) > _LABEL_MAP_VALUES or (self._few != np.round(self._few)).any():
                     self._few = None
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude."""
+        return max(abs(self._low), abs(self._high))
 
     @property
     def reason(self) -> str:

@@ -224,6 +224,13 @@ def test_values_beyond_float32_are_not_finite(tmp_path):
     assert reason_of(path) == "nan_voxels"
 
 
+@pytest.mark.parametrize(("kind", "flags"), [("i4", ["beyond_float32"]), ("f8", [])])
+def test_whole_numbers_beyond_float32_are_flagged(tmp_path, kind, flags):
+    voxels = linear_volume().astype(kind) + 2**25
+    header = NIFTI.read_header(write_nifti(tmp_path / "a.nii", voxels), "a.nii", SALT)
+    assert header.facts["flags"] == flags
+
+
 @pytest.mark.parametrize("code", [1006, 1008, 3, 24])
 def test_what_is_computed_from_images_is_derived(tmp_path, code):
     path = write_nifti(tmp_path / "a.nii", linear_volume())

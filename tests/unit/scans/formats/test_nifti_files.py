@@ -270,16 +270,6 @@ def test_changed_sidecar_changes_the_facts(tmp_path):
     assert header_of(path).facts["sidecar"] not in ("", before)
 
 
-def test_companions_are_the_files_on_which_a_header_depends(tmp_path):
-    def names(name):
-        return {path.name for path in NIFTI.companions(tmp_path / name)}
-
-    assert names("a.nii.gz") == names("a.nii") == {"a.json"}
-    assert names("a.json") >= {"a.nii", "a.nii.gz"}
-    assert names("a.img") == {"a.hdr", "a.hdr.gz"}
-    assert names("scan") == set()
-
-
 def changing(monkeypatch, path, change):
     """Let ``change`` happen to the file after its header was read."""
     read_layout = _nifti_stream.read_layout
