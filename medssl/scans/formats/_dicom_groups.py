@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats._stacking import ORIENTATION_TOLERANCE, Stack, stack_slices
-from medssl.scans.formats.base import MAX_VOXELS, Group, Header
+from medssl.scans.formats.base import MAX_VOXELS, Dims, Group, GroupingConfig, Header
 
-_ALWAYS_APART = ("modality", "echo", "temporal_position", "b_value")
+_ALWAYS_APART = ("modality", "channels", "echo", "temporal_position", "b_value")
 _APART_WHEN_DUPLICATE = ("image_type_key", "acquisition")
 _SPACING_TOLERANCE_MM = 1e-3
 
 
-def group_headers(headers: Sequence[Header]) -> list[Group]:
-    """Put the slices of each series together; every header ends in exactly one group."""
+def group_headers(headers: Sequence[Header], config: GroupingConfig) -> list[Group]:
+    """Put the slices of each series together; every header ends in at least one group."""
     groups: list[Group] = []
     for series_key, members in _split(headers, lambda header: header.series_key):
-        groups.extend(_group_series(str(series_key), members))
+        groups.extend(_group_series(str(series_key), members, config))
     return groups
 
 
-def _group_series(series_key: str, headers: list[Header]) -> list[Group]:
+def _group_series(series_key: str, headers: list[Header], config: GroupingConfig) -> list[Group]:
     groups = []
     unique: dict[str, Header] = {}
     copies = []
@@ -36,27 +38,35 @@ def _group_series(series_key: str, headers: list[Header]) -> list[Group]:
             unique[header.digest] = header
     if copies:
         groups.append(_rejected(f"{series_key}|copies", copies, "duplicate_file"))
-    flat = [header for header in unique.values() if header.facts["projection"]]
-    groups += [
-        _accepted(f"{series_key}|{header.facts['instance_key']}", [header]) for header in flat
-    ]
-    slices = [header for header in unique.values() if not header.facts["projection"]]
+    slices = []
+    for header in unique.values():
+        if header.facts["kind"] == "slice":
+            slices.append(header)
+        elif header.facts["kind"] == "frames":
+            groups += _group_frames(series_key, header, config)
+        else:
+            groups.append(_flat(f"{series_key}|{header.facts['instance_key']}", header))
+    return [*groups, *_group_slices(series_key, slices, config)]
+
+
+def _group_slices(series_key: str, slices: list[Header], config: GroupingConfig) -> list[Group]:
     if not slices:
-        return groups
+        return []
     if reason := _inconsistent(slices):
-        return [*groups, _rejected(series_key, slices, reason)]
+        return [_rejected(series_key, slices, reason)]
     stacks = [
         part
         for _, stack in _split(slices, _facts(_ALWAYS_APART))
         for part in _without_duplicates(stack)
     ]
     volumes_exist = any(len(stack) > 1 for stack in stacks)
+    groups = []
     for number, stack in enumerate(stacks):
         identity = series_key if len(stacks) == 1 else f"{series_key}|{_identity(stack[0], number)}"
         if volumes_exist and len(stack) == 1:
             groups.append(_rejected(identity, stack, "stray_slice"))
         else:
-            groups.append(_accepted(identity, stack))
+            groups.append(_slices(identity, stack, config))
     return groups
 
 
@@ -89,42 +99,121 @@ def _without_duplicates(stack: list[Header]) -> list[list[Header]]:
 
 def _has_duplicates(stack: list[Header]) -> bool:
     try:
-        _stack(stack)
+        _stack(stack[0].facts, [header.facts["position"] for header in stack], GroupingConfig())
     except RejectedScan as error:
         return error.reason == "duplicate_position"
     return False
 
 
-def _stack(headers: list[Header]) -> Stack:
-    facts = headers[0].facts
+def _stack(plane: dict[str, Any], positions: list[list[float]], config: GroupingConfig) -> Stack:
     return stack_slices(
-        np.array([header.facts["position"] for header in headers]),
-        np.array(facts["orientation"]),
-        np.array(facts["spacing_mm"]),
-        facts["thickness_mm"],
+        np.array(positions),
+        np.array(plane["orientation"]),
+        np.array(plane["spacing_mm"]),
+        plane["thickness_mm"],
+        config,
+        (plane.get("columns", 1), plane.get("rows", 1)),
     )
 
 
-def _accepted(identity: str, headers: list[Header]) -> Group:
+def _slices(identity: str, headers: list[Header], config: GroupingConfig) -> Group:
     facts = headers[0].facts
     try:
-        stack = _stack(headers)
-        if facts["rows"] * facts["columns"] * len(headers) > MAX_VOXELS:
-            raise RejectedScan("too_large")
+        stack = _stack(facts, [header.facts["position"] for header in headers], config)
+        calibrated = all(header.facts["calibrated"] for header in headers)
+        group = _stacked(identity, facts, stack, config, calibrated=calibrated)
     except RejectedScan as error:
         return _rejected(identity, headers, error.reason)
-    shape = (facts["columns"], facts["rows"])
-    calibrated = all(header.facts["calibrated"] for header in headers)
+    ordered = tuple(headers[index] for index in stack.order)
+    face = ("may_show_face",) if len(headers) > 1 and any(h.facts["face"] for h in headers) else ()
+    return replace(group, headers=ordered, flags=_flags(headers, *stack.flags, *face))
+
+
+def _group_frames(series_key: str, header: Header, config: GroupingConfig) -> list[Group]:
+    """Return one group for each stack of frames of a multi-frame file."""
+    parts = header.facts["parts"]
+    volumes_exist = any(len(part["frames"]) > 1 for part in parts)
+    own = f"{series_key}|{header.facts['instance_key']}"
+    groups = []
+    for number, part in enumerate(parts):
+        identity = own if len(parts) == 1 else f"{own}|{part['apart']}|{number}"
+        reason = part["reason"]
+        if not reason and volumes_exist and len(part["frames"]) == 1:
+            reason = "stray_slice"
+        groups.append(
+            _rejected(identity, [header], reason)
+            if reason
+            else _frames(identity, header, part, config)
+        )
+    return groups
+
+
+def _frames(identity: str, header: Header, part: dict[str, Any], config: GroupingConfig) -> Group:
+    plane = {**header.facts, **part}
+    try:
+        stack = _stack(plane, part["positions"], config)
+        group = _stacked(identity, plane, stack, config, calibrated=part["calibrated"])
+    except RejectedScan as error:
+        return _rejected(identity, [header], error.reason)
+    several = len(part["frames"]) > 1
+    face = ("may_show_face",) if several and header.facts["face"] else ()
+    return replace(
+        group,
+        headers=(header,),
+        flags=_flags([header], *stack.flags, *face),
+        reading={**group.reading, "frames": [part["frames"][index] for index in stack.order]},
+    )
+
+
+def _stacked(
+    identity: str, plane: dict[str, Any], stack: Stack, config: GroupingConfig, *, calibrated: bool
+) -> Group:
+    """Return the group of a stack, without its headers and flags."""
+    num_slices = len(stack.order)
+    shape: tuple[int, ...] = (plane["columns"], plane["rows"], num_slices)
+    if stack.resampling is not None:
+        shape = stack.resampling.shape
+    source = plane["columns"] * plane["rows"] * num_slices
+    if max(int(np.prod(shape, dtype=object)), source) * plane["channels"] > MAX_VOXELS:
+        raise RejectedScan("too_large")
+    return _group(
+        identity, plane, shape if num_slices > 1 else shape[:2], stack.affine, calibrated,
+        dims="3D" if num_slices > 1 else "2D",
+        reading=config.model_dump(mode="json") if stack.flags else {},
+    )  # fmt: skip
+
+
+def _flat(identity: str, header: Header) -> Group:
+    """Return the group of a single image or a cine."""
+    facts = header.facts
+    try:
+        stack = _stack(facts, [facts["position"]], GroupingConfig())
+    except RejectedScan as error:
+        return _rejected(identity, [header], error.reason)
+    shape: tuple[int, ...] = (facts["columns"], facts["rows"])
+    cine = facts["kind"] == "cine"
+    group = _group(
+        identity, facts, (*shape, facts["num_frames"]) if cine else shape, stack.affine,
+        facts["calibrated"], dims="2D+t" if cine else "2D", reading={},
+    )  # fmt: skip
+    return replace(group, headers=(header,), flags=_flags([header]))
+
+
+def _group(
+    identity: str, facts: dict[str, Any], shape: tuple[int, ...],
+    affine: npt.NDArray[np.float64], calibrated: bool, *, dims: Dims, reading: dict[str, Any],
+) -> Group:  # fmt: skip
     intensity: Literal["HU", "arbitrary"] = "HU" if calibrated else "arbitrary"
     return Group(
         identity=identity,
-        headers=tuple(headers[index] for index in stack.order),
+        headers=(),
         modality=facts["modality"],
-        dims="2D" if len(headers) == 1 else "3D",
-        shape=shape if len(headers) == 1 else (*shape, len(headers)),
-        affine=stack.affine,
+        dims=dims,
+        shape=shape,
+        num_channels=facts["channels"],
+        affine=affine,
         intensity=intensity,
-        flags=_flags(headers),
+        reading=reading,
     )
 
 
@@ -138,8 +227,9 @@ def _rejected(identity: str, headers: Sequence[Header], reason: str) -> Group:
     )
 
 
-def _flags(headers: Iterable[Header]) -> tuple[str, ...]:
-    return tuple(sorted({flag for header in headers for flag in header.facts.get("flags", ())}))
+def _flags(headers: Iterable[Header], *more: str) -> tuple[str, ...]:
+    found = {flag for header in headers for flag in header.facts.get("flags", ())}
+    return tuple(sorted(found.union(more)))
 
 
 def _identity(header: Header, number: int) -> str:

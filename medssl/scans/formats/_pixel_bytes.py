@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from medssl.errors import RejectedScan
 
-_PIXEL_DATA = {(0x7FE0, 0x0010), (0x7FE0, 0x0008), (0x7FE0, 0x0009)}
+_FLOAT_DATA = {(0x7FE0, 0x0008), (0x7FE0, 0x0009)}
+_PIXEL_DATA = {(0x7FE0, 0x0010), *_FLOAT_DATA}
 _VRS_OF_PIXELS = (b"OB", b"OW", b"OF", b"OD", b"UN", b"OL", b"OV")
 _ITEM, _END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _UNDEFINED = 0xFFFFFFFF
+_BLOCK_BYTES = 2**20
 
 
-def find_pixel_bytes(file: BinaryIO, wanted: int, *, big_endian: bool) -> list[tuple[int, int]]:
+def find_pixel_bytes(
+    file: BinaryIO, size: int, wanted: int, *, big_endian: bool
+) -> list[tuple[int, int]]:
     """Return (start, length) of the pixel bytes: one range, or one a fragment when compressed.
 
     Args:
         file: positioned at the pixel element, where parsing without pixels stops.
+        size: of the file, bytes.
         wanted: bytes that uncompressed pixels take.
 
     Raises:
@@ -27,7 +34,6 @@ def find_pixel_bytes(file: BinaryIO, wanted: int, *, big_endian: bool) -> list[t
     Source: DICOM PS3.5, sections 7.1 and A.4.
     """
     order = ">" if big_endian else "<"
-    size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     if len(start) < 8 or struct.unpack(order + "HH", start[:4]) not in _PIXEL_DATA:
         raise RejectedScan("truncated_pixels", "the file ends before its pixels")
@@ -43,6 +49,28 @@ def find_pixel_bytes(file: BinaryIO, wanted: int, *, big_endian: bool) -> list[t
             "truncated_pixels", f"{wanted} bytes of pixels wanted, {wanted - missing} found"
         )
     return [(file.tell(), length if length <= size - file.tell() else wanted)]
+
+
+def read_ranges(file: BinaryIO, ranges: list[tuple[int, int]]) -> Iterator[memoryview | bytes]:
+    """Yield the bytes of the ranges, in blocks; those of a file in memory are not copied.
+
+    Raises:
+        RejectedScan: ``truncated_pixels`` when the file has become shorter.
+    """
+    if isinstance(file, io.BytesIO):
+        whole = file.getbuffer()
+        for start, length in ranges:
+            yield whole[start : start + length]
+        return
+    for start, length in ranges:
+        file.seek(start)
+        left = length
+        while left > 0:
+            block = file.read(min(left, _BLOCK_BYTES))
+            if not block:
+                raise RejectedScan("truncated_pixels", "the file became shorter")
+            yield block
+            left -= len(block)
 
 
 def _fragments(file: BinaryIO, size: int, order: str) -> list[tuple[int, int]]:
@@ -68,3 +96,11 @@ def _unpack_length(data: bytes, order: str) -> int:
     if len(data) < 4:
         raise RejectedScan("truncated_pixels", "the file ends before its pixels")
     return int(struct.unpack(order + "L", data)[0])
+
+
+def peek_float_pixels(file: BinaryIO, *, big_endian: bool) -> bool:
+    """Say whether the pixels at which the file stands are floating point; stay there."""
+    start = file.read(4)
+    file.seek(-len(start), os.SEEK_CUR)
+    order = ">" if big_endian else "<"
+    return len(start) == 4 and struct.unpack(order + "HH", start) in _FLOAT_DATA

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from medssl.errors import GeometryError, RejectedScan
+from medssl.scans.formats import _dicom_parse
 from medssl.scans.formats._dicom_writer import write_series
 from medssl.scans.formats.base import REASONS, GroupingConfig
 from medssl.scans.formats.dicom import DicomFormat
@@ -57,6 +58,15 @@ def edit(path, **values):
             del dataset[keyword]
         else:
             setattr(dataset, keyword, value)
+    dataset.save_as(path)
+
+
+def deflate(path, padding=0):
+    """Write a file again in the deflated transfer syntax, with so many bytes of zeros added."""
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    if padding:
+        dataset.DataSetTrailingPadding = bytes(padding)
     dataset.save_as(path)
 
 
@@ -312,17 +322,32 @@ def test_compressed_pixels_cut_short_are_named(tmp_path):
     assert rejected == ["truncated_pixels"]
 
 
-def test_deflated_file_is_refused_before_it_is_inflated(tmp_path):
+def test_deflated_file_is_read(tmp_path):
+    volume = linear_volume()
+    for path in write_dicom_series(volume, np.eye(4), tmp_path):
+        deflate(path)
+    _, read = read_back(tmp_path)
+    np.testing.assert_array_equal(
+        np.sort(read.voxels_CXYZ[0], axis=None), np.sort(volume, axis=None)
+    )
+
+
+def test_deflated_file_is_not_inflated_beyond_the_limit(tmp_path, monkeypatch):
     (path,) = write_dicom_series(linear_volume((4, 4, 1)), np.eye(4), tmp_path)
-    dataset = pydicom.dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    dataset.save_as(path)
-    bomb = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    with path.open("ab") as file:
-        file.write(bomb.compress(bytes(10**6)) + bomb.flush())
-    with pytest.raises(RejectedScan, match="deflated") as caught:
+    deflate(path, padding=10**7)
+    monkeypatch.setattr(_dicom_parse, "MAX_INFLATED_BYTES", 2**20)
+    with pytest.raises(RejectedScan, match="grows beyond") as caught:
         DICOM.read_header(path, "x.dcm", SALT)
-    assert caught.value.reason == "unsupported_transfer_syntax"
+    assert caught.value.reason == "too_large"
+
+
+def test_deflated_file_cut_short_is_named(tmp_path):
+    (path,) = write_dicom_series(linear_volume((40, 40, 1)), np.eye(4), tmp_path)
+    deflate(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RejectedScan) as caught:
+        DICOM.read_header(path, "x.dcm", SALT)
+    assert caught.value.reason == "truncated_pixels"
 
 
 def test_syntax_without_a_decoder_is_rejected(tmp_path):
@@ -366,15 +391,11 @@ def test_warnings_of_the_parser_become_flags(tmp_path, recwarn, caplog, capfd):
     assert "DOE" not in repr(header) + "".join(capfd.readouterr())
 
 
-def test_reasons_used_by_the_format_are_documented():
-    import inspect
-
-    from medssl.scans import files, rows
-    from medssl.scans.formats import _dicom_groups, _pixel_bytes, _stacking, dicom, nifti
-
-    for module in (dicom, nifti, _dicom_groups, _pixel_bytes, _stacking, files, rows):
-        source = inspect.getsource(module)
-        for word in source.split('RejectedScan("')[1:]:
+def test_reasons_used_by_the_formats_are_documented():
+    folder = Path(_dicom_parse.__file__).parent
+    sources = [*folder.glob("*.py"), folder.parent / "files.py", folder.parent / "rows.py"]
+    for source in sources:
+        for word in source.read_text().split('RejectedScan("')[1:]:
             assert word.split('"')[0] in REASONS
 
 

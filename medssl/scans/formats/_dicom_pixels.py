@@ -1,0 +1,118 @@
+"""Decode the pixels of a DICOM file, frame by frame, to the values they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+
+from medssl.errors import RejectedScan
+from medssl.scans.formats._dicom_palette import check_palette
+from medssl.scans.formats._dicom_parse import Parsed
+from medssl.scans.formats._dicom_values import item, tag_of
+
+FLOAT_PIXELS = ("FloatPixelData", "DoubleFloatPixelData")
+PIXEL_TAGS = [
+    int(tag_of(keyword))
+    for keyword in (
+        *FLOAT_PIXELS, "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    )
+]  # fmt: skip
+
+
+def decode_frames(
+    parsed: Parsed,
+    facts: dict[str, Any],
+    frames: Sequence[int],
+    rescale: Sequence[Sequence[float]],
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield each frame as (C, X, Y), X along a row.
+
+    Args:
+        parsed: the whole file.
+        facts: of the file.
+        frames: numbers from 0.
+        rescale: slope and intercept of each of these frames.
+
+    Raises:
+        RejectedScan: ``unreadable``, ``colour_unsupported``, or ``nan_voxels``.
+    """
+    try:
+        for pixels, (slope, intercept) in zip(_stored(parsed, facts, frames), rescale, strict=True):
+            values = _values(parsed.dataset, facts, pixels, slope, intercept)
+            if not np.isfinite(values).all():
+                raise RejectedScan("nan_voxels", "some voxels are not finite")
+            yield values.T[np.newaxis] if values.ndim == 2 else values.transpose(2, 1, 0)
+    except (RejectedScan, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001  (decoders fail in any way; their words may hold values)
+        raise RejectedScan("unreadable", "the pixels cannot be decoded") from None
+
+
+def _stored(
+    parsed: Parsed, facts: dict[str, Any], frames: Sequence[int]
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield the stored values, (rows, columns) or (rows, columns, 3) RGB, without unused bits."""
+    allocated, stored, high = facts["bits"]
+    floating = any(tag_of(keyword) in parsed.dataset for keyword in FLOAT_PIXELS)
+    shift = 0 if parsed.syntax.is_compressed or floating else allocated - 1 - high
+    unused = allocated - stored
+    options: dict[str, Any] = {
+        "bits_stored": stored,
+        "number_of_frames": facts["num_frames"],
+        "samples_per_pixel": facts["samples"],
+    }
+    if not floating:
+        options["pixel_representation"] = facts["signed"]
+    if facts["samples"] > 1:
+        options["planar_configuration"] = facts["planar"]
+    by_hand = unused > 0 and shift != unused
+    if by_hand:
+        options["correct_unused_bits"] = False
+    decoder = get_decoder(parsed.syntax)
+    for pixels, properties in decoder.iter_array(parsed.dataset, indices=list(frames), **options):
+        if facts["samples"] == 3 and str(properties["photometric_interpretation"]) != "RGB":
+            raise RejectedScan("colour_unsupported", "the colours cannot be converted to RGB")
+        if by_hand and not parsed.syntax.is_compressed:
+            pixels = np.right_shift(np.left_shift(pixels, shift), unused)
+        yield pixels
+
+
+def _values(
+    dataset: Any, facts: dict[str, Any], pixels: npt.NDArray[Any], slope: float, intercept: float
+) -> npt.NDArray[np.float32]:
+    if facts["photometric"] == "PALETTE COLOR":
+        check_palette(dataset)
+        return np.asarray(apply_color_lut(pixels, dataset), np.float32)
+    if facts["channels"] == 3:
+        return np.asarray(pixels, np.float32)
+    if tag_of("ModalityLUTSequence") in dataset and item(dataset, "ModalityLUTSequence"):
+        values = np.asarray(apply_modality_lut(pixels, dataset), np.float64)
+        table = np.asarray(item(dataset, "ModalityLUTSequence").LUTData)
+        low, high = float(table.min()), float(table.max())
+        return np.asarray(low + high - values if facts["inverted"] else values, np.float32)
+    values = pixels.astype(np.float64)
+    if facts["inverted"]:
+        values = _range_sum(facts, pixels) - values
+    return np.asarray(values * slope + intercept, np.float32)
+
+
+def _range_sum(facts: dict[str, Any], pixels: npt.NDArray[Any]) -> float:
+    """Return the lowest plus the highest value that can be stored."""
+    if pixels.dtype.kind == "f":
+        return 0.0
+    stored = facts["bits"][1]
+    return -1.0 if facts["signed"] else 2.0**stored - 1.0
+
+
+def over_float32(block: bytes | memoryview, facts: dict[str, Any], big_endian: bool) -> bool:
+    """Whether whole numbers of more than 24 bits are stored, which float32 cannot hold exactly."""
+    size = facts["bits"][0] // 8
+    kind = ("i" if facts["signed"] else "u") + str(size)
+    count = len(block) // size
+    values = np.frombuffer(block, np.dtype((">" if big_endian else "<") + kind), count)
+    return bool(count) and (int(values.max()) > 2**24 or int(values.min()) < -(2**24))
