@@ -112,8 +112,9 @@ def summarize_index(index: Index) -> dict[str, Any]:
             channels[str(num_channels(row))] += 1
         else:
             rejected[modality] += 1
+    summary = {name: value for name, value in index.summary.items() if name != "by_flags"}
     return {
-        **index.summary,
+        **summary,
         "by_modality": {name: found.counts() for name, found in sorted(scans.items())},
         "by_channels": dict(sorted(channels.items(), key=lambda item: int(item[0]))),
         "by_flag": {
