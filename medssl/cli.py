@@ -145,11 +145,19 @@ def transfer(
 @click.argument("config", type=_PATH)
 @_OVERRIDES
 @_out("Folder of the index. Default: data/index.")
+@click.option(
+    "--audit/--no-audit",
+    "wants_audit",
+    default=True,
+    show_default=True,
+    help="Write audit.html with thumbnails, audit.csv and audit.json into the index.",
+)
 @_DRY_RUN
 @_JSON
 def index(
-    config: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool
-) -> None:
+    config: Path, overrides: tuple[str, ...], out: Path | None, wants_audit: bool, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     r"""Index a folder of DICOM and NIfTI: a config file, or simply the folder.
 
     \b
@@ -159,7 +167,7 @@ def index(
     from medssl.config import load_config, validate_config
     from medssl.pipelines import index as pipeline
     from medssl.pipelines.facts import keep_dataset_facts
-    from medssl.scans.index import IndexConfig
+    from medssl.scans.building import IndexConfig
 
     if config.suffix in (".yaml", ".yml"):
         loaded = load_config(config, IndexConfig, overrides)
@@ -171,12 +179,67 @@ def index(
     with _progress(as_json) as progress:
         built = pipeline.run(loaded, out or Path("data/index"), progress=progress)
         keep_dataset_facts(loaded.folder, built.folder)
+        page = _audit(built, progress) if wants_audit else None
     if as_json:
-        _print({"index": str(built.folder), **built.summary}, as_json)
+        written = {"audit": str(page)} if page else {}
+        _print({"index": str(built.folder), **written, **built.summary}, as_json)
         return
     for line in pipeline.describe(built):
         click.echo(line)
     click.echo(f"Index: {built.folder}")
+    if page:
+        click.echo(f"Audit: {page} (shows pixels of patients: keep it where the scans are)")
+
+
+def _audit(index: Any, progress: Any) -> Path:
+    from medssl.pipelines import audit as pipeline
+
+    return pipeline.run(index, progress=progress)
+
+
+@cli.command()
+@click.argument("index", type=_PATH)
+@_out("Where to write audit.html, audit.csv and audit.json. Default: the folder of the index.")
+@click.option(
+    "--max-scans", type=click.IntRange(min=0), default=200, show_default=True,
+    help="Thumbnails at most, chosen evenly over modalities and flags.",
+)  # fmt: skip
+@_JSON
+def audit(index: Path, out: Path | None, max_scans: int, as_json: bool) -> None:
+    r"""Show what an index accepted and rejected, and why, on one page that needs no network.
+
+    \b
+    medssl audit data/index --max-scans 500
+    """
+    from medssl.pipelines import audit as pipeline
+
+    with _progress(as_json) as progress:
+        page = pipeline.run(index, out, max_scans=max_scans, progress=progress)
+    rejected = index / "private" / "rejected.csv"
+    _print({"audit": str(page), "rejected_files": str(rejected)}, as_json)
+
+
+@cli.command()
+@click.argument("path")
+@click.option(
+    "--index", "index_folder", type=_PATH, help="PATH is the key of a scan in this index."
+)
+@_JSON
+def inspect(path: str, index_folder: Path | None, as_json: bool) -> None:
+    r"""Explain one file, one folder, or one scan of an index: accepted or not, and why.
+
+    \b
+    medssl inspect /archive/export/series_12
+    medssl inspect 7f3a19c02b44d1e8 --index data/index
+    """
+    from medssl.pipelines import inspect as pipeline
+
+    found = pipeline.run(path, index_folder)
+    if as_json:
+        _print(pipeline.facts_of(found), as_json)
+        return
+    for line in pipeline.describe(found, path if index_folder else Path(path).name or path):
+        click.echo(line)
 
 
 @cli.command()

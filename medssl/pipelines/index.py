@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from medssl.executors.local import Config as LocalConfig
+from medssl.scans.building import IndexConfig, build_index, plan_index
 from medssl.scans.files import Progress
-from medssl.scans.index import Index, IndexConfig, build_index, plan_index
+from medssl.scans.flags import meaning_of_flag
+from medssl.scans.index import Index
 from medssl.scans.patients import PatientsConfig
 
 __all__ = ["Config", "Index", "describe", "index_scans", "plan", "run"]
@@ -45,7 +48,7 @@ def index_scans(
         out: folder of the index; made when absent, brought up to date when present.
         patients: how to tell patients apart where files do not name them.
         exclude: patterns on paths below the folder, for example ``labels/*``.
-        num_workers: processes that parse headers; absent: as many as pay off; 0: this one.
+        num_workers: processes that read headers; None: one a core; 0: this one, unguarded.
         progress: called with stage, done, total.
 
     Returns:
@@ -56,13 +59,16 @@ def index_scans(
         MachineError: the disk is full, or ``out`` cannot be written.
     """
     config = IndexConfig(
-        folder=Path(folder), patients=patients, exclude=tuple(exclude), num_workers=num_workers
+        folder=Path(folder),
+        patients=patients,
+        exclude=tuple(exclude),
+        executor=LocalConfig(num_workers=num_workers),
     )
     return build_index(config, Path(out), progress)
 
 
 def describe(index: Index) -> list[str]:
-    """Return what an index holds, in lines for people."""
+    """Return what an index holds, by modality, reason and flag, in lines for people."""
     summary = index.summary
     formats = ", ".join(f"{count} {name}" for name, count in summary["by_format"].items())
     scans = f"{summary['num_scans']} scans ({formats}) of {summary['num_patients']} patients"
@@ -73,6 +79,11 @@ def describe(index: Index) -> list[str]:
             f"warning: {unknown} scans do not name their patient; each is taken for a person of "
             "its own. If some belong together, say so under `patients`, or splits will leak."
         )
+    for title, counts in (("modality", "by_modality"), ("kind", "by_dims")):
+        found = ", ".join(f"{name} {count}" for name, count in summary[counts].items())
+        lines.append(f"by {title}: {found or 'none'}")
     for reason, entry in summary["rejected"].items():
         lines.append(f"rejected {entry['files']} files: {reason}. {entry['remedy']}")
+    for flag, count in summary["by_flags"].items():
+        lines.append(f"flag on {count} scans: {flag}. {meaning_of_flag(flag)}".rstrip())
     return lines

@@ -14,7 +14,7 @@ from medssl.pipelines.prepare import PrepareConfig
 from medssl.pipelines.pretrain import PretrainConfig
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import TransferConfig
-from medssl.scans.index import IndexConfig
+from medssl.scans.building import IndexConfig
 
 KINDS: dict[str, type[Config]] = {
     "index": IndexConfig,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +14,18 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, StringConstraints
 
-from medssl.config import Config
+from medssl.config import ComponentConfig, Config, component
 from medssl.errors import DataError, MachineError
+from medssl.executors import EXECUTORS
+from medssl.executors.base import Guard, Loss
 from medssl.executors.local import Config as LocalConfig
-from medssl.executors.local import LocalExecutor, auto_workers
+from medssl.executors.local import LocalExecutor, available_cores
 from medssl.pipelines.progress import Progress, silent
 from medssl.scans.entry import Entry, content_address
 from medssl.scans.index import Index
 from medssl.scans.labels import match_masks, read_mask
-from medssl.scans.scan import read_scan
+from medssl.scans.scan import Scan, read_scan
+from medssl.scans.selection import SelectionConfig
 from medssl.scans.store import Store
 from medssl.transforms.preprocessing import PreprocessingConfig, preprocess
 
@@ -37,6 +40,16 @@ _SECONDS_A_SCAN, _SECONDS_A_VOXEL = 0.02, 1.5e-7
 _WORTHWHILE_SECONDS = 90.0
 """Below this much work, starting processes that import MONAI (10 s each) gains nothing."""
 
+_GUARD = Guard(seconds=1800.0, megabytes=65536)
+"""For one scan: far more than a scan of the allowed size takes, and less than for ever."""
+
+_LOSSES: dict[Loss, str] = {
+    "too_slow": "it took longer than half an hour. Leave it out, or use coarser voxels.",
+    "out_of_memory": "it took more than 64 GB of memory. Leave it out, or use coarser voxels.",
+    "died": "its worker process died: the file is damaged, or memory ran out. Leave it out, or use "
+    "fewer workers (executor.num_workers=1).",
+}
+
 _SHOWN = 5  # failures that a message spells out
 
 
@@ -47,34 +60,36 @@ class PrepareConfig(Config):
         index: folder of the index, from ``medssl index``.
         preprocessing: what is done to each scan.
         masks: folders of masks, by a name of small letters, digits and underscores.
+        select: which scans.
         out: folder of the store; beside the index's table by default.
-        num_workers: processes; absent: as many as pay off; 0: this one.
+        executor: where scans are prepared: ``local`` processes, or ``ray``.
     """
 
     index: Path
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     masks: dict[MaskName, Path] = Field(default_factory=dict)
+    select: SelectionConfig = SelectionConfig()
     out: Path | None = None
-    num_workers: int | None = Field(default=None, ge=0)
+    executor: Annotated[ComponentConfig, component(EXECUTORS)] = LocalConfig()
 
 
 def run(config: PrepareConfig, progress: Progress = silent) -> Store:
     """Prepare all accepted scans of an index. See `prepare`."""
     return prepare(
-        Index.open(config.index),
+        Index.open(config.index).select(config.select),
         config.preprocessing,
         store_folder(config.index, config.preprocessing, config.out),
         masks=config.masks,
-        num_workers=config.num_workers,
+        executor=config.executor,
         progress=progress,
     )
 
 
 def plan(config: PrepareConfig) -> dict[str, Any]:
     """Return what `run` would do, touching nothing."""
-    index = Index.open(config.index)
+    index = Index.open(config.index).select(config.select)
     folder = store_folder(config.index, config.preprocessing, config.out)
-    jobs = _jobs(index, config.preprocessing, folder, config.masks)
+    jobs = _jobs(index, config.preprocessing, config.masks)
     store = Store(folder, {})
     present = sum(store.has(job.address) for job in jobs)
     return {
@@ -116,17 +131,17 @@ def prepare(
     out: Path,
     masks: Mapping[str, Path] | None = None,
     *,
-    num_workers: int | None = None,
+    executor: ComponentConfig | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Bring a store up to date with an index; scans that are there already are not touched.
 
     Args:
-        index: whose accepted scans to prepare.
+        index: whose selected scans to prepare.
         preprocessing: what is done to each.
         out: the store's folder.
         masks: folders of masks, by name; a scan without a mask is prepared without.
-        num_workers: processes; absent: as many as pay off; 0: this one.
+        executor: where; by default processes on this machine, if there is enough to do for them.
         progress: is told ``"prepare"``, scans done, all scans.
 
     Raises:
@@ -135,7 +150,7 @@ def prepare(
         LabelError: a mask folder fits no scan.
         MachineError: the disk is full or not writable.
     """
-    jobs = _jobs(index, preprocessing, out, masks or {})
+    jobs = _jobs(index, preprocessing, masks or {})
     if not jobs:
         raise DataError(
             "the index holds no accepted scan, so there is nothing to prepare. Its table gives "
@@ -146,11 +161,16 @@ def prepare(
     missing = [job for job in jobs if not store.has(job.address)]
     done = len(jobs) - len(missing)
     progress("prepare", done, len(jobs))
-    executor = LocalExecutor(
-        LocalConfig(num_workers=_workers(index, preprocessing, len(missing), num_workers))
-    )
+    plan = _Plan(index.folder, index.digest, out, preprocessing)
+    where = executor or LocalConfig()
+    if where == LocalConfig() and not _is_worthwhile(index, preprocessing, len(missing)):
+        results = _prepare_here(plan, missing)
+    else:
+        results = EXECUTORS.build(where).map(
+            partial(_prepare_scan, plan), missing, lost=_lost, guard=_GUARD
+        )
     failures: list[str] = []
-    for failure in executor.map(_prepare_scan, missing, lost=_lost, chunk_size=1):
+    for failure in results:
         done += 1
         if failure is not None:
             failures.append(failure)
@@ -168,20 +188,26 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """One scan to prepare; plain data, so that it can be sent to a worker."""
+    """One scan to prepare."""
 
-    index: Path
-    index_digest: str
-    store: Path
     scan_key: str
     patient_key: str
     address: str
-    preprocessing: PreprocessingConfig
     masks: Mapping[str, Path]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What all scans to prepare have in common; sent to workers with each."""
+
+    index_folder: Path
+    index_digest: str
+    store: Path
+    preprocessing: PreprocessingConfig
+
+
 def _jobs(
-    index: Index, preprocessing: PreprocessingConfig, out: Path, masks: Mapping[str, Path]
+    index: Index, preprocessing: PreprocessingConfig, masks: Mapping[str, Path]
 ) -> list[_Job]:
     matched = {name: match_masks(index, folder) for name, folder in masks.items()}
     jobs = []
@@ -195,27 +221,35 @@ def _jobs(
             preprocessing.versioned_digest(),
             {name: _sha256(path) for name, path in own.items()},
         )
-        jobs.append(
-            _Job(
-                index.folder,
-                index.digest,
-                out,
-                scan_key,
-                patient_key,
-                address,
-                preprocessing,
-                own,
-            )
-        )
+        jobs.append(_Job(scan_key, patient_key, address, own))
     return jobs
 
 
-def _prepare_scan(job: _Job) -> str | None:
+def _prepare_here(plan: _Plan, jobs: Sequence[_Job]) -> Iterator[str | None]:
+    """Prepare scans in this process, which has MONAI imported; decode in a guarded worker."""
+    reader = LocalExecutor(LocalConfig(num_workers=1))
+    scans = reader.map(partial(_read, plan), jobs, lost=_lost, guard=_GUARD)
+    for job, scan in zip(jobs, scans, strict=True):
+        yield scan if isinstance(scan, str) else _put(plan, job, scan)
+
+
+def _prepare_scan(plan: _Plan, job: _Job) -> str | None:
     """Prepare one scan into the store; return what is wrong with it, if anything."""
+    scan = _read(plan, job)
+    return scan if isinstance(scan, str) else _put(plan, job, scan)
+
+
+def _read(plan: _Plan, job: _Job) -> Scan | str:
     try:
-        scan = read_scan(_open_index(job.index, job.index_digest), job.scan_key)
+        return read_scan(_kept(plan.index_folder, plan.index_digest), job.scan_key)
+    except DataError as error:
+        return str(error)
+
+
+def _put(plan: _Plan, job: _Job, scan: Scan) -> str | None:
+    try:
         masks = {name: read_mask(path, scan) for name, path in job.masks.items()}
-        prepared = preprocess(scan, masks, job.preprocessing)
+        prepared = preprocess(scan, masks, plan.preprocessing)
     except DataError as error:
         return str(error)
     entry = Entry(
@@ -229,34 +263,28 @@ def _prepare_scan(job: _Job) -> str | None:
         spacing_mm=prepared.spacing_mm,
         foreground_threshold=prepared.foreground_threshold,
     )
-    Store(job.store, {}).put(entry, prepared.image_CS, prepared.masks)
+    Store(plan.store, {}).put(entry, prepared.image_CS, prepared.masks)
     return None
 
 
-def _lost(job: _Job) -> str:
-    return (
-        f"scan {job.scan_key}: its worker process died, most likely for lack of memory. "
-        "Use fewer workers (num_workers=1) or coarser voxels."
-    )
+def _lost(job: _Job, loss: Loss) -> str:
+    return f"scan {job.scan_key}: {_LOSSES[loss]}"
 
 
 @lru_cache(maxsize=1)
-def _open_index(folder: Path, digest: str) -> Index:
+def _kept(folder: Path, digest: str) -> Index:
     """Open an index once a process; its digest tells a rebuilt one from the one before."""
     del digest
     return Index.open(folder)
 
 
-def _workers(
-    index: Index, preprocessing: PreprocessingConfig, missing: int, wanted: int | None
-) -> int:
-    if wanted is not None:
-        return wanted
+def _is_worthwhile(index: Index, preprocessing: PreprocessingConfig, missing: int) -> bool:
+    """Return whether starting processes that import MONAI gains anything."""
     table = index.accepted
     found = sum(float(np.prod(shape)) for shape in table["shape"])
     voxels = max(found, sum(_prepared_voxels(table, preprocessing)))
     seconds = missing * (_SECONDS_A_SCAN + _SECONDS_A_VOXEL * voxels / max(1, len(table)))
-    return auto_workers(missing, 2) if seconds > _WORTHWHILE_SECONDS else 0
+    return missing > 1 and available_cores() > 1 and seconds > _WORTHWHILE_SECONDS
 
 
 def _prepared_voxels(table: pd.DataFrame, preprocessing: PreprocessingConfig) -> list[float]:

@@ -30,6 +30,7 @@ from medssl.randomness import derive_seed, torch_generator
 from medssl.reports.html import build_report
 from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
+from medssl.scans.selection import SelectionConfig
 from medssl.scans.splits import Splits, make_splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
@@ -72,6 +73,7 @@ class PretrainConfig(PretrainSection):
     Attributes:
         seed: everything random derives from it.
         index: folder of the index, from ``medssl index``.
+        select: which scans of the index to work on.
         preprocessing: how scans are prepared; done first where the store lacks them.
         store: folder of prepared scans; inside the index's folder by default.
         sampling: what is cut out of them.
@@ -87,6 +89,7 @@ class PretrainConfig(PretrainSection):
     seed: int = 0
     index: Path
     store: Path | None = None
+    select: SelectionConfig = SelectionConfig()
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
     backbone: Annotated[ComponentConfig, component(BACKBONES)]
@@ -145,7 +148,7 @@ def run(
         MedsslError: see `medssl.errors`.
     """
     check_same_config(out, config, resume=resume)
-    index = Index.open(config.index)
+    index = Index.open(config.index).select(config.select)
     job = Pretraining(
         "backbone", config.backbone, config.init, config.pretext, config,
         config.sampling, config.seed, select_device(config.device),
@@ -176,7 +179,7 @@ def run(
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """Return what `run` would do, touching nothing."""
-    index = Index.open(config.index)
+    index = Index.open(config.index).select(config.select)
     patients = dict.fromkeys(map(str, index.accepted["patient_key"].unique()))
     splits = draw_splits(config.splits, patients, config.seed)
     return {

@@ -37,7 +37,9 @@ from medssl.pipelines.transfer import (
     mask_folders,
 )
 from medssl.pretext import PRETEXT_TASKS
-from medssl.scans.index import Index, IndexConfig
+from medssl.scans.building import IndexConfig
+from medssl.scans.index import Index
+from medssl.scans.selection import SelectionConfig
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
@@ -72,6 +74,7 @@ class StudyConfig(EvaluationSection):
         index: where the scans are, and how patients are told apart.
         workspace: folder for the index and the prepared scans, shared between studies; holds what
             only this machine may see, so it is never inside the run folder.
+        select: which scans of the index the study works on.
         preprocessing: how scans are prepared.
         sampling: crops that training sees.
         backbone: the network, the same for every init.
@@ -87,6 +90,7 @@ class StudyConfig(EvaluationSection):
     seed: int = 0
     index: IndexConfig
     workspace: Path = Path("data/workspace")
+    select: SelectionConfig = SelectionConfig()
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
     backbone: Annotated[ComponentConfig, component(BACKBONES)]
@@ -151,6 +155,7 @@ def run(
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("study", params=_parameters(config)) as handle:
             index = indexing.run(config.index, config.workplace / "index", progress=progress)
+            index = index.select(config.select)
             keep_dataset_facts(config.index.folder, index.folder)
             tasks = build_tasks(config, config.sampling, index)
             splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
@@ -159,6 +164,7 @@ def run(
                 config.preprocessing,
                 prepare.store_folder(config.workplace, config.preprocessing),
                 masks=mask_folders(config),
+                executor=config.index.executor,
                 progress=progress,
             )
             folder.pin_data(data_digests(index, store, splits, tasks.values()))
@@ -233,12 +239,12 @@ def _index_to_plan_with(config: StudyConfig, num_files: int) -> Iterator[Index |
     """Open the study's index, or make one that lasts as long as the block; None if it is large."""
     kept = config.workplace / "index"
     if (kept / "index.parquet").is_file():
-        yield Index.open(kept)
+        yield Index.open(kept).select(config.select)
     elif num_files > _FILES_INDEXED_FOR_A_PLAN:
         yield None
     else:
         with tempfile.TemporaryDirectory(prefix="medssl-plan-") as place:
-            yield indexing.run(config.index, Path(place) / "index")
+            yield indexing.run(config.index, Path(place) / "index").select(config.select)
 
 
 def default_folder(config: StudyConfig) -> Path:

@@ -34,6 +34,7 @@ from medssl.pipelines.run_folder import RunFolder, check_same_config, command_li
 from medssl.pipelines.sections import MatrixConfig, SamplingConfig, SplitConfig, StatisticsConfig
 from medssl.randomness import derive_seed
 from medssl.scans.index import Index
+from medssl.scans.selection import SelectionConfig
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
@@ -82,6 +83,7 @@ class TransferConfig(EvaluationSection):
         seed: everything random derives from it.
         index: folder of the index.
         store: folder of prepared scans; inside the index's folder by default.
+        select: which scans of the index to work on.
         preprocessing: how scans are prepared.
         sampling: crops that fine-tuning trains on.
         backbone: the network, the same for every init.
@@ -93,6 +95,7 @@ class TransferConfig(EvaluationSection):
     seed: int = 0
     index: Path
     store: Path | None = None
+    select: SelectionConfig = SelectionConfig()
     preprocessing: PreprocessingConfig
     sampling: SamplingConfig
     backbone: Annotated[ComponentConfig, component(BACKBONES)]
@@ -197,7 +200,7 @@ def run(
     """
     check_same_config(out, config, resume=resume)
     check_inits(config.backbone, config.inits.values(), config.sampling)
-    index = Index.open(config.index)
+    index = Index.open(config.index).select(config.select)
     tasks = build_tasks(config, config.sampling, index)
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
@@ -225,7 +228,7 @@ def run(
 
 def plan(config: TransferConfig) -> dict[str, Any]:
     """Return what `run` would do, touching nothing."""
-    index = Index.open(config.index)
+    index = Index.open(config.index).select(config.select)
     tasks = build_tasks(config, config.sampling, index)
     splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
     numbers = config.matrix.numbers(len(splits.train))

@@ -1,47 +1,32 @@
-"""Walk a folder and parse the header of every file, remembering what was parsed before."""
+"""Find all files below a folder, and read the header of each."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
+import re
 import stat
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass
+from fnmatch import translate
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from medssl.atomic import atomic_write
 from medssl.errors import RejectedScan
-from medssl.executors.base import Executor
+from medssl.executors.base import Loss
+from medssl.scans.archives import is_archive
 from medssl.scans.formats.base import Header, ScanFormat, load_formats
 from medssl.scans.identity import Salt
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, how much is done, and of how much."""
+"""Called with a stage's name, how much is done, and of how much (0: not known)."""
 
 HEAD_BYTES = 512
-HEADER_VERSION = 1  # raise it when headers are read differently: everything is then parsed again
-_SAVE_SECONDS = 30.0
-
-LOCATIONS_SCHEMA = pa.schema(
-    [
-        ("path", pa.binary()),  # relative to the root, in the file system's own bytes
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("header", pa.string()),
-        ("scan_key", pa.string()),
-        ("position", pa.int32()),
-        ("root", pa.binary()),
-        ("version", pa.int32()),
-    ]
-)
+_LOSS_REASONS: dict[Loss, str] = {
+    "too_slow": "too_slow",
+    "out_of_memory": "out_of_memory",
+    "died": "reader_crashed",
+}
 
 
 @dataclass(frozen=True)
@@ -51,19 +36,30 @@ class FoundFile:
     path: str
     size: int
     mtime_ns: int
-    reason: str = ""  # known without opening it: excluded, or no regular file
+    reason: str = ""  # known without opening it: excluded, no access, or no regular file
 
 
 @dataclass(frozen=True)
-class ParsedFile:
-    """A file with its header."""
+class FileToParse:
+    """One file whose header is wanted.
 
-    file: FoundFile
-    header: Header
+    Attributes:
+        number: of its row in the ledger.
+        path: relative to the indexed folder; below its archive, for a member of one.
+        place: where its bytes are.
+    """
+
+    number: int
+    path: str
+    place: str
+    is_member: bool = False
 
 
-def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> list[FoundFile]:
-    """List all files below a folder, sorted, following links to folders once.
+def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> Iterator[FoundFile]:
+    """Yield all files below a folder, each folder once, however many links lead to it.
+
+    Real folders come before links to folders, so that a file goes by its real path. What is held in
+    memory grows with the number of folders, not of files.
 
     Args:
         root: the folder.
@@ -71,159 +67,85 @@ def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> li
         exclude: patterns such as ``labels/*`` on relative paths; what matches is not opened.
     """
     skip = leave_out.resolve() if leave_out else None
-    found: list[FoundFile] = []
+    excluded = re.compile("|".join(map(translate, exclude))) if exclude else None
     seen: set[tuple[int, int]] = set()
-
-    def closed(error: OSError) -> None:
-        """Give a folder that cannot be entered a row, lest its files be missed silently."""
-        relative = Path(os.fsdecode(error.filename)).relative_to(root).as_posix()
-        found.append(FoundFile(relative, 0, 0, "unreadable"))
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed):
-        here = Path(folder)
-        status = here.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in seen or here.resolve() == skip:
-            subfolders.clear()
+    folders, links = deque([""]), deque[str]()
+    while folders or links:
+        here = folders.popleft() if folders else links.popleft()
+        inside = Path(root, here)
+        try:
+            status = inside.stat()
+            if (status.st_dev, status.st_ino) in seen or (skip and inside.resolve() == skip):
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(inside) as entries:
+                subfolders = []
+                for entry in entries:
+                    path = f"{here}/{entry.name}" if here else entry.name
+                    if _is_folder(entry):
+                        subfolders.append((path, entry.is_symlink()))
+                    else:
+                        yield _look(entry, path, excluded)
+        except OSError:  # a folder that cannot be entered gets a row: its files are not just missed
+            yield FoundFile(here, 0, 0, "no_access")
             continue
-        seen.add(identity)
-        subfolders.sort()
-        for name in names:
-            relative = (here / name).relative_to(root).as_posix()
-            found.append(_look(here / name, relative, exclude))
-    return sorted(found, key=lambda file: file.path)
+        for path, linked in sorted(subfolders):
+            (links if linked else folders).append(path)
 
 
-def _look(path: Path, relative: str, exclude: Sequence[str]) -> FoundFile:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        status = path.stat()
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _look(entry: os.DirEntry[str], path: str, excluded: re.Pattern[str] | None) -> FoundFile:
+    try:
+        status = entry.stat()
     except OSError:  # a link to nowhere
-        return FoundFile(relative, 0, 0, "unreadable")
+        return FoundFile(path, 0, 0, "no_access")
     reason = "" if stat.S_ISREG(status.st_mode) else "not_a_scan"  # a pipe would block the reader
-    if any(fnmatch(relative, pattern) for pattern in exclude):
+    if excluded and excluded.match(path):
         reason = "excluded"
-    return FoundFile(relative, status.st_size, status.st_mtime_ns, reason)
+    return FoundFile(path, status.st_size, status.st_mtime_ns, reason)
 
 
-def parse_files(
-    root: Path,
-    files: Sequence[FoundFile],
-    salt: Salt,
-    private: Path,
-    executor: Callable[[int], Executor],
-    progress: Progress | None = None,
-) -> list[ParsedFile]:
-    """Return the header of every file, parsing only those that are new or have changed.
+def parse_file(salt: Salt, file: FileToParse) -> Header:
+    """Read one header; whatever is wrong with the file becomes a reason code.
 
-    What is parsed is saved from time to time, so that an interrupted run goes on where it was.
+    An archive gets the reason ``archive``: it is unpacked later.
     """
-    known = remembered(root, private)
-    todo = [file for file in files if not file.reason and file not in known]
-    parsed = {file: known[file] for file in files if file in known}
-    parsed.update({file: Header(file.path, "", file.reason) for file in files if file.reason})
-    function = functools.partial(parse_file, root, salt)
-    saved_at = time.monotonic()
-    results = executor(len(todo)).map(function, [file.path for file in todo], lost=_lost)
-    for done, (file, header) in enumerate(zip(todo, results, strict=True), start=1):
-        parsed[file] = header
-        if progress:
-            progress("reading headers", done, len(todo))
-        if time.monotonic() - saved_at > _SAVE_SECONDS:
-            _save(private / "progress.parquet", root, list(parsed.items()))
-            saved_at = time.monotonic()
-    return [ParsedFile(file, parsed[file]) for file in files]
-
-
-def parse_file(root: Path, salt: Salt, relative: str) -> Header:
-    """Read one header; whatever is wrong with the file becomes a reason code."""
-    path = root / relative
+    place = Path(file.place)
     name = ""
     try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-        claiming = next((item for item in _formats() if item.claims(path, head)), None)
+        with place.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+        claiming = next((item for item in _formats() if item.claims(place, head)), None)
         if claiming is None:
-            return Header(relative, "", "not_a_scan")
+            reason = "not_a_scan"
+            if is_archive(place, head):
+                reason = "archive_in_archive" if file.is_member else "archive"
+            return Header(file.path, "", reason)
         name = claiming.name
-        return claiming.read_header(path, relative, salt)
+        return claiming.read_header(place, file.path, salt)
     except RejectedScan as error:
-        return Header(relative, name, error.reason)
+        return Header(file.path, name, error.reason)
+    except PermissionError:
+        return Header(file.path, name, "no_access")
+    except FileNotFoundError:
+        return Header(file.path, name, "changed_while_read")
+    except MemoryError:
+        return Header(file.path, name, "out_of_memory")
     except Exception:  # noqa: BLE001  (one broken file must not end the run)
-        return Header(relative, name, "unreadable")
+        return Header(file.path, name, "unreadable")
+
+
+def lost_file(file: FileToParse, loss: Loss) -> Header:
+    """Return the header of a file that cost its worker more than it may."""
+    return Header(file.path, "", _LOSS_REASONS[loss])
 
 
 @functools.cache
 def _formats() -> list[ScanFormat]:
     return load_formats()
-
-
-def _lost(relative: str) -> Header:
-    """Return the header of a file that took its worker process down."""
-    return Header(relative, "", "unreadable")
-
-
-def remembered(root: Path, private: Path) -> dict[FoundFile, Header]:
-    """Return the headers parsed by earlier runs on the same folder, finished or not."""
-    known: dict[FoundFile, Header] = {}
-    for name in ("locations.parquet", "progress.parquet"):
-        for row in _rows(private / name):
-            if row["version"] != HEADER_VERSION or row["root"] != os.fsencode(root.resolve()):
-                continue
-            file = FoundFile(os.fsdecode(row["path"]), row["size"], row["mtime_ns"])
-            known[file] = Header(**{**json.loads(row["header"]), "path": file.path})
-    return known
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        table = pq.read_table(path, schema=LOCATIONS_SCHEMA)
-    except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowTypeError, OSError):
-        return  # nothing remembered, or not readable: everything is parsed again
-    yield from table.to_pylist()
-
-
-def save_locations(
-    private: Path, root: Path, parsed: Sequence[ParsedFile], places: dict[str, tuple[str, int]]
-) -> None:
-    """Write which file belongs to which scan, and what was parsed; mode 0600.
-
-    Args:
-        places: scan key and position in its scan, by relative path.
-    """
-    items = [(item.file, item.header) for item in parsed]
-    _save(private / "locations.parquet", root, items, places)
-    (private / "progress.parquet").unlink(missing_ok=True)
-
-
-def _save(
-    path: Path,
-    root: Path,
-    items: Sequence[tuple[FoundFile, Header]],
-    places: dict[str, tuple[str, int]] | None = None,
-) -> None:
-    where = os.fsencode(root.resolve())
-    rows = []
-    for file, header in items:
-        scan_key, position = (places or {}).get(file.path, ("", 0))
-        rows.append(
-            {
-                "path": os.fsencode(file.path),
-                "size": file.size,
-                "mtime_ns": file.mtime_ns,
-                # Known without opening: not remembered, for the config may change.
-                "header": json.dumps({**asdict(header), "path": ""}),
-                "scan_key": scan_key,
-                "position": position,
-                "root": where,
-                "version": 0 if file.reason else HEADER_VERSION,
-            }
-        )
-    table = pa.Table.from_pylist(rows, schema=LOCATIONS_SCHEMA)
-    atomic_write(path, lambda part: pq.write_table(table, part), mode=0o600)
-
-
-def read_locations(private: Path) -> pd.DataFrame:
-    """Return the columns that say where each scan's files are."""
-    columns = ["path", "size", "scan_key", "position", "root"]
-    table: pd.DataFrame = pq.read_table(private / "locations.parquet", columns=columns).to_pandas()
-    return table

@@ -213,9 +213,8 @@ def _scans_by_name(index: Index, by: By) -> dict[str, list[str]]:
     names: dict[str, list[str]] = defaultdict(list)
     accepted = index.accepted
     if by == "scan":
-        for key in accepted["scan_key"]:
-            paths = index.paths[key]
-            for name in {key, *names_of(paths[0][0], single=len(paths) == 1)}:
+        for key, path, num_files in index.file_names():
+            for name in {key, *names_of(path, single=num_files == 1)}:
                 names[name].append(key)
     column = {"series": "series_key", "scan": "series_key", "patient": "patient_key"}[by]
     for key, named in zip(accepted["scan_key"], accepted[column], strict=True):

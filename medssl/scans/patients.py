@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -104,16 +106,22 @@ def stem_of(name: str) -> str:
     return name
 
 
-def check_all_found(missing: list[str]) -> None:
+def check_all_found(missing: Iterable[str]) -> None:
     """Refuse scans for which the config names no patient.
+
+    Args:
+        missing: their keys.
 
     Raises:
         DataError: there are such scans; without a patient they could leak across a split.
     """
-    if missing:
-        some = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+    rest = iter(missing)
+    shown = list(itertools.islice(rest, 3))
+    if shown:
+        count = len(shown) + sum(1 for _ in rest)
+        some = ", ".join(shown) + (" and more" if count > len(shown) else "")
         raise DataError(
-            f"`patients` in the index config names no patient for {len(missing)} scans "
+            f"`patients` in the index config names no patient for {count} scans "
             f"(keys {some}). Without one a patient could be on two sides of a split. Complete the "
             "table or widen the pattern, or leave these files out with `exclude`."
         )

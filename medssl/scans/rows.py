@@ -1,11 +1,11 @@
-"""Turn parsed headers into the rows of the index: every file ends in exactly one."""
+"""Turn parsed headers into the rows of the index: every file ends in at least one."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from medssl.scans.formats import FORMATS
 from medssl.scans.formats.base import REASONS, Group, GroupingConfig, Header
 from medssl.scans.geometry import orientation_of, spacing_of
 from medssl.scans.identity import Salt
+from medssl.scans.ledger import Ledger
 from medssl.scans.patients import PatientFinder, check_all_found
 
 INDEX_SCHEMA = pa.schema(
@@ -35,149 +36,190 @@ INDEX_SCHEMA = pa.schema(
         ("num_files", pa.int32()),
         ("flags", pa.list_(pa.string())),
         ("digest", pa.string()),
+        ("num_channels", pa.int32()),
     ]
 )
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The table's rows, and the place of every file: (scan key, position), by relative path."""
-
-    rows: list[dict[str, Any]]
-    places: dict[str, tuple[str, int]]
+_INCOMPLETE = {
+    "changed_while_read", "no_access", "out_of_memory", "reader_crashed", "too_slow",
+    "truncated_pixels", "unreadable",
+}  # fmt: skip
+"""A file of a series that was rejected for one of these is missing from its scans."""
 
 
-def make_rows(headers: Sequence[Header], salt: Salt, patients: PatientFinder) -> Rows:
-    """Group headers to scans, and give each scan its keys.
+class RowMaker:
+    """Groups headers to scans, series by series, and writes their rows into the ledger.
 
-    Raises:
-        DataError: the config should name patients but leaves scans out.
+    Args:
+        ledger: holds the headers, and takes the rows.
+        salt: makes the keys.
+        patients: finds the patient of each scan.
+        grouping: what is done with uneven stacks.
+        quarantine: flags for which a scan is rejected.
     """
-    grouped = [(group, name) for name, group in _groups(headers)]
-    # By path, so that of two equal scans always the same one is kept.
-    grouped.sort(key=lambda item: item[0].headers[0].path)
-    rows: list[dict[str, Any]] = []
-    places: dict[str, tuple[str, int]] = {}
-    digests: set[str] = set()
-    without_patient = []
-    for group, name in grouped:
-        kept = _checked(group, digests)
-        scan_key = salt.key("scan", f"{name}\x1f{group.identity}\x1f{kept.reason}")
-        if not kept.reason:
-            scan_key = salt.key("scan", f"{name}\x1f{group.identity}")
-        patient_key, flags = patients.find(kept)
-        if not patient_key and not kept.reason:
-            without_patient.append(scan_key)
-        rows.append(_row(kept, name, scan_key, patient_key, flags))
-        for position, header in enumerate(kept.headers):
-            places[header.path] = (scan_key, position)
-    check_all_found(without_patient)
-    rows.sort(key=lambda row: str(row["scan_key"]))
-    return Rows(rows, places)
 
+    def __init__(
+        self,
+        ledger: Ledger,
+        salt: Salt,
+        patients: PatientFinder,
+        grouping: GroupingConfig,
+        quarantine: Sequence[str],
+    ) -> None:
+        self._ledger = ledger
+        self._salt = salt
+        self._patients = patients
+        self._grouping = grouping
+        self._quarantine = frozenset(quarantine)
 
-def _groups(headers: Sequence[Header]) -> list[tuple[str, Group]]:
-    """Return groups with the name of their format ("" where none claims the file)."""
-    usable: dict[str, list[Header]] = defaultdict(list)
-    rejected: dict[tuple[str, str, str], list[Header]] = defaultdict(list)
-    for header in headers:
-        if not header.reason:
-            usable[header.format].append(header)
-        elif header.series_key:
-            rejected[header.format, header.series_key, header.reason].append(header)
-        else:
-            rejected[header.format, header.path, header.reason].append(header)
-    groups = []
-    for name, members in sorted(usable.items()):
-        groups += [(name, group) for group in FORMATS.load(name)().group(members, GroupingConfig())]
-    for (name, identity, reason), members in rejected.items():
-        ordered = tuple(sorted(members, key=lambda header: header.path))
-        flags = sorted({flag for header in ordered for flag in header.facts.get("flags", ())})
-        modality = str(ordered[0].facts.get("modality", ""))
-        groups.append(
-            (name, Group(identity, ordered, reason, modality=modality, flags=tuple(flags)))
+    def make_all(self) -> None:
+        """Make all rows anew.
+
+        Raises:
+            DataError: the config should name patients but leaves scans out.
+        """
+        self._ledger.begin_scans()
+        for members in self._ledger.series():
+            numbers = {header.path: number for number, header in members}
+            for name, group in self._groups([header for _, header in members]):
+                files = [(numbers[header.path], header.path) for header in group.headers]
+                self._ledger.add_scan(self._row(group, name), group.reading, files)
+        for number, row in self._ledger.copies():
+            row.update(_REJECTED, status="rejected", reason="duplicate_file")
+            row["scan_key"] = self._unique(f"copy\x1f{row['scan_key']}")
+            self._ledger.replace_scan(number, row)
+        missing = (
+            row["scan_key"]
+            for row in self._ledger.rows()
+            if row["status"] == "accepted" and not row["patient_key"]
         )
-    return groups
+        check_all_found(missing)
 
+    def _groups(self, headers: Sequence[Header]) -> Iterable[tuple[str, Group]]:
+        """Yield the groups of one series with the name of their format ("": none claims it)."""
+        name, series_key = headers[0].format, headers[0].series_key
+        usable = [header for header in headers if not header.reason]
+        reasons = sorted({header.reason for header in headers if header.reason})
+        if usable:
+            for group in FORMATS.load(name)().group(usable, self._grouping):
+                if group.reason == "" and _INCOMPLETE & set(reasons):
+                    known = {*group.flags, "incomplete_series"}
+                    yield name, replace(group, flags=tuple(sorted(known)))
+                else:
+                    yield name, group
+        for reason in reasons:
+            members = tuple(header for header in headers if header.reason == reason)
+            flags = sorted({flag for header in members for flag in header.facts.get("flags", ())})
+            modality = str(members[0].facts.get("modality", ""))
+            identity = series_key or members[0].path
+            yield name, Group(identity, members, reason, modality=modality, flags=tuple(flags))
 
-def _checked(group: Group, digests: set[str]) -> Group:
-    """Reject a scan that is a copy of an earlier one, or of several patients."""
-    if group.reason:
+    def _row(self, group: Group, name: str) -> dict[str, Any]:
+        patient_key, found_flags = self._patients.find(group)
+        group = self._checked(group)
+        accepted = not group.reason
+        first = group.headers[0]
+        identity = f"{name}\x1f{group.identity}"
+        row: dict[str, Any] = {
+            "scan_key": self._unique(identity if accepted else f"{identity}\x1f{group.reason}"),
+            "patient_key": patient_key if accepted or first.patient_key else "",
+            "study_key": first.study_key,
+            "series_key": first.series_key,
+            "format": name,
+            "modality": group.modality,
+            "status": "accepted" if accepted else "rejected",
+            "reason": group.reason,
+            "num_files": len(group.headers),
+            "flags": sorted({*group.flags, *(found_flags if accepted else ())}),
+            **_REJECTED,
+        }
+        if accepted:
+            row |= {
+                "dims": group.dims,
+                "shape": list(group.shape),
+                "num_channels": group.num_channels,
+                "intensity": group.intensity,
+                "digest": digest_of(group),
+            }
+        if accepted and group.affine is not None:
+            num_axes = 2 if group.dims in ("2D", "2D+t") else 3
+            row["spacing_mm"] = list(spacing_of(group.affine))[:num_axes]
+            unknown = "no_patient_geometry" in group.flags
+            row["orientation"] = "" if unknown else orientation_of(group.affine)
+            row["affine"] = group.affine.ravel().tolist()
+        return row
+
+    def _checked(self, group: Group) -> Group:
+        """Reject a scan of several patients, and one that may show who the patient is."""
+        if group.reason:
+            return group
+        if len({header.patient_key for header in group.headers}) > 1:
+            return replace(group, reason="mixed_patients")
+        if self._quarantine & set(group.flags):
+            return replace(group, reason="quarantined")
         return group
-    if len({header.patient_key for header in group.headers}) > 1:
-        return replace(group, reason="mixed_patients")
-    digest = digest_of(group)
-    if digest in digests:
-        return replace(group, reason="duplicate_file")
-    digests.add(digest)
-    return group
+
+    def _unique(self, identity: str) -> str:
+        """Return the key of a row; two rows of one identity are told apart by a number."""
+        scan_key = self._salt.key("scan", identity)
+        number = 1
+        while self._ledger.has_key(scan_key):
+            number += 1
+            scan_key = self._salt.key("scan", f"{identity}\x1f{number}")
+        return scan_key
+
+
+_REJECTED: dict[str, Any] = {
+    "dims": "", "shape": [], "spacing_mm": [], "orientation": "", "affine": [], "intensity": "",
+    "digest": "", "num_channels": 0,
+}  # fmt: skip
+"""What is known of accepted scans only."""
 
 
 def digest_of(group: Group) -> str:
-    """Return the sha256 over the digests of a scan's files, in their order."""
-    return hashlib.sha256("\n".join(header.digest for header in group.headers).encode()).hexdigest()
+    """Return the sha256 over the digests of a scan's files, in order, and how they are read."""
+    parts = [header.digest for header in group.headers]
+    if group.reading:
+        parts.append(repr(sorted(group.reading.items())))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _row(
-    group: Group, name: str, scan_key: str, patient_key: str, flags: tuple[str, ...]
+def summarize(
+    rows: Iterable[dict[str, Any]], num_files: int, num_scan_files: int
 ) -> dict[str, Any]:
-    accepted = not group.reason
-    known = accepted and group.affine is not None
-    first = group.headers[0]
-    row: dict[str, Any] = {
-        "scan_key": scan_key,
-        "patient_key": patient_key if accepted or first.patient_key else "",
-        "study_key": first.study_key,
-        "series_key": first.series_key,
-        "format": name,
-        "modality": group.modality,
-        "status": "accepted" if accepted else "rejected",
-        "reason": group.reason,
-        "dims": group.dims if accepted else "",
-        "shape": list(group.shape) if accepted else [],
-        "spacing_mm": [],
-        "orientation": "",
-        "affine": [],
-        "intensity": group.intensity if accepted else "",
-        "num_files": len(group.headers),
-        "flags": sorted({*group.flags, *(flags if accepted else ())}),
-        "digest": digest_of(group) if accepted else "",
+    """Return the counts that a reader wants first; no keys, no paths.
+
+    Args:
+        rows: of the index, in any order.
+        num_files: all files. One that holds several scans is in several rows, and counted once.
+        num_scan_files: files of accepted scans.
+    """
+    counts: dict[str, Counter[str]] = {
+        name: Counter() for name in ("format", "modality", "dims", "flags")
     }
-    if known and group.affine is not None:
-        row["spacing_mm"] = list(spacing_of(group.affine))[: len(group.shape)]
-        unknown = "no_patient_geometry" in group.flags
-        row["orientation"] = "" if unknown else orientation_of(group.affine)
-        row["affine"] = group.affine.ravel().tolist()
-    return row
-
-
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts that a reader wants first; no keys, no paths."""
-    accepted = [row for row in rows if row["status"] == "accepted"]
-    unknown = sum("patient_unknown" in row["flags"] for row in accepted)
-    by_reason: dict[str, dict[str, Any]] = {}
+    rejected: dict[str, dict[str, Any]] = {}
+    patients: set[str] = set()
+    num_scans = unknown = 0
     for row in rows:
         if row["reason"]:
-            entry = by_reason.setdefault(
+            entry = rejected.setdefault(
                 row["reason"], {"rows": 0, "files": 0, "remedy": REASONS.get(row["reason"], "")}
             )
             entry["rows"] += 1
             entry["files"] += row["num_files"]
+            continue
+        num_scans += 1
+        patients.add(row["patient_key"])
+        unknown += "patient_unknown" in row["flags"]
+        for name in ("format", "modality", "dims"):
+            counts[name][row[name] or "unknown"] += 1
+        counts["flags"].update(row["flags"])
     return {
-        "num_files": sum(row["num_files"] for row in rows),
-        "num_scans": len(accepted),
-        "num_scan_files": sum(row["num_files"] for row in accepted),
-        "num_patients": len({row["patient_key"] for row in accepted}),
+        "num_files": num_files,
+        "num_scans": num_scans,
+        "num_scan_files": num_scan_files,
+        "num_patients": len(patients),
         "num_scans_of_unknown_patients": unknown,
-        "by_format": _count(accepted, "format"),
-        "by_modality": _count(accepted, "modality"),
-        "by_dims": _count(accepted, "dims"),
-        "rejected": dict(sorted(by_reason.items())),
+        **{f"by_{name}": dict(sorted(found.items())) for name, found in counts.items()},
+        "rejected": dict(sorted(rejected.items())),
     }
-
-
-def _count(rows: Sequence[dict[str, Any]], column: str) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for row in rows:
-        counts[row[column] or "unknown"] += 1
-    return dict(sorted(counts.items()))

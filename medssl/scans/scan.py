@@ -26,10 +26,13 @@ class Scan:
 
     Attributes:
         scan_key: its name outside `medssl.scans`.
-        voxels_CXYZ: (C, X, Y) or (C, X, Y, Z) float32, in the voxel order of its files.
-        affine: (4, 4) float64; ``affine @ (x, y, z, 1)`` is in RAS mm. A 2D image lies at z = 0.
+        voxels_CXYZ: (C, X, Y), (C, X, Y, Z) or, for a cine, (C, X, Y, T) float32, in the voxel
+            order of its files.
+        affine: (4, 4) float64; ``affine @ (x, y, z, 1)`` is in RAS mm. A 2D image or a cine lies at
+            z = 0.
         dims: what kind of scan it is.
         intensity: ``HU`` for calibrated CT, else ``arbitrary``.
+        flags: what the index found worth telling, for example ``colour``.
     """
 
     scan_key: str
@@ -37,11 +40,12 @@ class Scan:
     affine: npt.NDArray[np.float64]
     dims: Dims
     intensity: Intensity
+    flags: tuple[str, ...] = ()
 
     @property
     def num_spatial_dims(self) -> int:
-        """2 or 3."""
-        return self.voxels_CXYZ.ndim - 1
+        """2 or 3; the frames of a cine are no spatial dimension."""
+        return 2 if self.dims == "2D+t" else self.voxels_CXYZ.ndim - 1
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
@@ -69,6 +73,7 @@ def read_scan(index: Index, scan_key: str) -> Scan:
         affine=volume.affine,
         dims=row["dims"],
         intensity=row["intensity"],
+        flags=tuple(row["flags"]),
     )
 
 

@@ -7,7 +7,7 @@ the affine along, so that what comes out can still be placed in the patient.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,6 +35,9 @@ MAX_MASK_LOSS = 0.01
 
 _HIGHEST_THRESHOLD = 0.99
 """A window that ends below the body still shows the body, as all white."""
+
+_SCALED_TOGETHER = "scaled_together"
+"""Marks the frames of a cine: scaled one by one they would flicker. So would colours."""
 
 _RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -102,9 +105,9 @@ class Prepared:
     """A scan as it is stored.
 
     Attributes:
-        image_CS: (C, X, Y) or (C, X, Y, Z) float16 in [0, 1].
-        affine: (4, 4) float64, voxel index to RAS mm. For a 2D scan the third column is the
-            direction across the image.
+        image_CS: (C, X, Y), (C, X, Y, Z) or, for a cine, (C, X, Y, T) float16 in [0, 1].
+        affine: (4, 4) float64, voxel index to RAS mm. For a 2D scan or a cine the third column is
+            the direction across the image.
         spacing_mm: one number a spatial axis.
         masks: by name, uint8 of the image's spatial shape.
         foreground_threshold: the image exceeds it where there is tissue.
@@ -131,13 +134,10 @@ def preprocess(
 
     Raises:
         DataError: voxels are not finite, a HU window meets a scan without HU, the crop would cut
-            off labels, or the scan is a moving one.
+            off labels, or a cine has a mask.
     """
     if scan.dims == "2D+t":
-        raise DataError(
-            f"scan {scan.scan_key} is a cine (2D+t); only 2D and 3D scans can be prepared. "
-            "Leave it out of the index, or export single frames."
-        )
+        return _cine(scan, masks, config)
     if not np.isfinite(scan.voxels_CXYZ).all():
         raise DataError(
             f"scan {scan.scan_key} holds voxels that are not finite numbers. Export it again."
@@ -161,6 +161,23 @@ def preprocess(
         if labels is not None and before is not None:
             lost = _losses(scan, names, before, _count(labels))
     return _as_prepared(scaled, labels, names, threshold, lost=lost, across=across)
+
+
+def _cine(
+    scan: Scan, masks: Mapping[str, npt.NDArray[np.uint8]], config: PreprocessingConfig
+) -> Prepared:
+    """Prepare a cine as one image whose channels are its frames: all get the same treatment."""
+    if masks:
+        raise DataError(
+            f"scan {scan.scan_key} is a cine (2D+t), and masks of cines are not supported. "
+            "Leave it out (select.dims)."
+        )
+    channels, width, height, frames = scan.voxels_CXYZ.shape
+    frames_CXY = np.moveaxis(scan.voxels_CXYZ, 3, 1).reshape(-1, width, height)
+    flags = (*scan.flags, _SCALED_TOGETHER)
+    still = preprocess(replace(scan, voxels_CXYZ=frames_CXY, dims="2D", flags=flags), {}, config)
+    image = still.image_CS.reshape(channels, frames, *still.image_CS.shape[1:])
+    return replace(still, image_CS=np.ascontiguousarray(np.moveaxis(image, 1, 3)))
 
 
 def _oriented(
@@ -245,11 +262,13 @@ def _scaled(image: MetaTensor, scan: Scan, config: IntensityConfig) -> MetaTenso
             )
         low, high = config.window_hu
         return _applied(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True), image)
-    if any(float(channel.min()) == float(channel.max()) for channel in image):
+    together = bool({"colour", _SCALED_TOGETHER} & set(scan.flags))
+    parts = [image] if together else list(image)
+    if any(float(part.min()) == float(part.max()) for part in parts):
         return _applied(torch.zeros_like, image)  # a constant channel has no range to scale
     return _applied(
         ScaleIntensityRangePercentiles(
-            config.lower, config.upper, 0.0, 1.0, clip=True, channel_wise=True
+            config.lower, config.upper, 0.0, 1.0, clip=True, channel_wise=not together
         ),
         image,
     )

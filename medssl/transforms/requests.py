@@ -148,6 +148,13 @@ class SampleRequest:
             DataError: 3D crops of a 2D scan, or slices of a 3D scan without a plane.
         """
         scan_dims = len(entry.shape)
+        if entry.dims == "2D+t":
+            if self.spatial_dims == 2 and self.plane == "axial":
+                return (0, 1)  # a frame of a cine takes the place of a slice
+            raise DataError(
+                f"scan {entry.scan_key} is a cine (2D+t); of it a task can take 2D frames: give "
+                "two crop sizes and plane: axial, or leave cines out (select.dims)."
+            )
         if scan_dims < self.spatial_dims:
             raise DataError(
                 f"scan {entry.scan_key} is 2D, the task needs 3D. "

@@ -151,6 +151,9 @@ class ScanFormat(ABC):
     """
 
     name: str
+    sidecars: tuple[str, ...] = ()
+    """Endings of files that say more of the file of the same stem beside them: when one changes,
+    that file is read again."""
 
     @abstractmethod
     def claims(self, path: Path, head: bytes) -> bool:

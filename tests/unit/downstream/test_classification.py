@@ -11,7 +11,8 @@ import torch
 from medssl.config import validate_config
 from medssl.downstream.classification import Classification, Config
 from medssl.errors import ConfigError, LabelError
-from medssl.scans.index import Index, IndexConfig, build_index
+from medssl.scans.building import IndexConfig, build_index
+from medssl.scans.index import Index
 from medssl.transforms.sampling import Sample
 from samples import write_nifti
 from training import tiny_backbone
@@ -24,7 +25,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("scans")
     for number, name in enumerate(NAMES):
         write_nifti(folder / "images" / f"{name}.nii.gz", seed=number)
-    return build_index(IndexConfig(folder=folder / "images", num_workers=0), folder / "index")
+    return build_index(IndexConfig(folder=folder / "images", executor="local"), folder / "index")
 
 
 def table(folder: Path, labels: list[Any], names: tuple[str, ...] = NAMES) -> Path:
@@ -40,7 +41,7 @@ def task(index: Index, path: Path, **settings: Any) -> Classification:
 
 def classes_of(found: Classification, index: Index) -> dict[str, str]:
     """Return the class that each file got."""
-    names = {key: index.paths[key][0][0] for key in found.targets}
+    names = {key: path for key, path, _ in index.file_names() if key in found.targets}
     return {
         Path(names[key]).name.split(".")[0]: found.classes[int(number)]
         for key, number in found.targets.items()

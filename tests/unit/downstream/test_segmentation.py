@@ -17,7 +17,8 @@ from medssl.config import validate_config
 from medssl.downstream.base import DownstreamBatch
 from medssl.downstream.segmentation import Config, Segmentation
 from medssl.errors import ConfigError, LabelError
-from medssl.scans.index import Index, IndexConfig, build_index
+from medssl.scans.building import IndexConfig, build_index
+from medssl.scans.index import Index
 from medssl.transforms.sampling import Sample, SampleRequest
 from samples import write_nifti
 from training import tiny_backbone
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(place: Path) -> Index:
-    return build_index(IndexConfig(folder=place / "images", num_workers=0), place / "index")
+    return build_index(IndexConfig(folder=place / "images", executor="local"), place / "index")
 
 
 @pytest.fixture(scope="module")

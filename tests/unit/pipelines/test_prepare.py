@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from medssl.errors import DataError, LabelError, MachineError
+from medssl.executors.local import Config as LocalConfig
 from medssl.pipelines import prepare as module
 from medssl.pipelines.prepare import PrepareConfig, plan, prepare, run, store_folder
-from medssl.scans.index import Index, IndexConfig, build_index
+from medssl.scans.building import IndexConfig, build_index
+from medssl.scans.index import Index
+from medssl.scans.selection import SelectionConfig
 from medssl.scans.store import Store
 from medssl.transforms.preprocessing import PreprocessingConfig
 
@@ -59,7 +62,7 @@ def test_a_second_run_prepares_nothing_anew(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(index, COARSE, tmp_path / "store")
-    monkeypatch.setattr(module, "_prepare_scan", lambda job: pytest.fail(job.scan_key))
+    monkeypatch.setattr(module, "_put", lambda plan, job, scan: pytest.fail(job.scan_key))
     again = prepare(index, COARSE, tmp_path / "store")
     assert again.digest == first.digest
 
@@ -76,9 +79,11 @@ def test_only_what_is_new_or_damaged_is_prepared(
     write(folders[0] / "dora.nii.gz", volume, np.eye(4))
     bigger = build_index(IndexConfig(folder=folders[0]), index.folder)
     done = []
-    original = module._prepare_scan
+    original = module._put
     monkeypatch.setattr(
-        module, "_prepare_scan", lambda job: (done.append(job.scan_key), original(job))[1]
+        module,
+        "_put",
+        lambda plan, job, scan: (done.append(job.scan_key), original(plan, job, scan))[1],
     )
     again = prepare(bigger, COARSE, tmp_path / "store")
     new = set(bigger.accepted["scan_key"]) - set(index.accepted["scan_key"])
@@ -165,8 +170,8 @@ def test_progress_runs_to_the_end(index: Index, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_prepare_the_same_store(index: Index, tmp_path: Path) -> None:
-    one = prepare(index, COARSE, tmp_path / "one", num_workers=0)
-    two = prepare(index, COARSE, tmp_path / "two", num_workers=2)
+    one = prepare(index, COARSE, tmp_path / "one", executor=LocalConfig(num_workers=0))
+    two = prepare(index, COARSE, tmp_path / "two", executor=LocalConfig(num_workers=2))
     assert one.digest == two.digest
     for key in one.scan_keys:
         np.testing.assert_array_equal(one.read(key), two.read(key))
@@ -211,3 +216,22 @@ def test_too_small_a_disk_is_said_before_the_work(
 def test_mask_names_are_plain(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="masks"):
         PrepareConfig(index=tmp_path, masks={"../evil": tmp_path})
+
+
+def test_only_selected_scans_are_prepared(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="`select` leaves none of 3 scans. The index holds: 3 "):
+        index.select(SelectionConfig(dims=("2D+t",)))
+    two = set(index.accepted["scan_key"][:2])
+    flat = index.select(SelectionConfig(modalities=("",)))
+    assert len(prepare(flat, COARSE, tmp_path / "store").scan_keys) == 3
+    assert two < set(flat.accepted["scan_key"])
+
+
+def test_a_scan_that_ends_its_reader_costs_one_scan(
+    index: Index, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = folders[0] / "anna.nii.gz"
+    path.write_bytes(b"\x1f\x8b" + bytes(path.stat().st_size - 2))
+    with pytest.raises(DataError, match="1 of 3 scans could not be prepared:\n  scan "):
+        prepare(index, COARSE, tmp_path / "store")
+    assert len(list((tmp_path / "store" / "scans").rglob("entry.json"))) == 2

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.pipelines.index import describe, index_scans
-from medssl.scans import files as files_module
+from medssl.scans import building
+from medssl.scans.building import IndexConfig, plan_index
+from medssl.scans.files import FileToParse, parse_file
 from medssl.scans.formats import FORMATS
 from medssl.scans.formats.base import REASONS, GroupingConfig
 from medssl.scans.identity import Salt
-from medssl.scans.index import Index, IndexConfig, plan_index
+from medssl.scans.index import Index
 from medssl.scans.patients import PatientsConfig
 from medssl.scans.rows import INDEX_SCHEMA
 from medssl.scans.scan import load_scan, read_scan
@@ -52,7 +54,7 @@ def test_table_has_the_columns_that_others_build_on(folder, tmp_path):
     assert list(index.table.columns) == INDEX_SCHEMA.names == [
         "scan_key", "patient_key", "study_key", "series_key", "format", "modality", "status",
         "reason", "dims", "shape", "spacing_mm", "orientation", "affine", "intensity",
-        "num_files", "flags", "digest",
+        "num_files", "flags", "digest", "num_channels",
     ]  # fmt: skip
 
 
@@ -64,8 +66,9 @@ def test_second_run_parses_nothing_and_writes_the_same(folder, tmp_path, monkeyp
     def refuse(*_):
         raise AssertionError("a known file was parsed again")
 
-    monkeypatch.setattr(files_module, "parse_file", refuse)
-    again = index_scans(folder, out)
+    monkeypatch.setattr(building, "parse_file", refuse)
+    monkeypatch.setattr(building, "RowMaker", refuse)
+    again = index_scans(folder, out, num_workers=0)
     assert (out / "index.parquet").read_bytes() == before
     assert again.digest == Index.open(out).digest
 
@@ -87,22 +90,20 @@ def test_removed_file_leaves_the_table(folder, tmp_path):
 
 
 def test_interrupted_run_keeps_what_it_parsed(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(files_module, "_SAVE_SECONDS", -1.0)
-
     def stop(stage, done, total):
-        if done == 4:
+        if stage == "reading headers" and done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         index_scans(folder, tmp_path / "index", progress=stop)
     plan = plan_index(IndexConfig(folder=folder), tmp_path / "index")
-    assert plan.num_to_parse == plan.num_files - 3
+    assert plan.num_to_parse == plan.num_files - 4
 
 
 def test_workers_give_the_same_table(folder, tmp_path):
     alone = index_scans(folder, tmp_path / "index", num_workers=0)
     before = (alone.folder / "index.parquet").read_bytes()
-    (alone.folder / "private" / "locations.parquet").unlink()
+    (alone.folder / "private" / "ledger.sqlite").unlink()
     index_scans(folder, tmp_path / "index", num_workers=2)
     assert (alone.folder / "index.parquet").read_bytes() == before
 
@@ -125,8 +126,8 @@ def test_index_inside_the_folder_is_not_indexed(folder):
 def test_private_part_is_for_its_owner_only(folder, tmp_path):
     out = index_scans(folder, tmp_path / "index").folder
     assert stat.S_IMODE((out / "private").stat().st_mode) == 0o700
-    for path in (out / "private").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    files = [path for path in (out / "private").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 def test_pipes_and_dead_links_do_not_stop_the_run(folder, tmp_path):
@@ -134,7 +135,7 @@ def test_pipes_and_dead_links_do_not_stop_the_run(folder, tmp_path):
     (folder / "gone.nii").symlink_to(tmp_path / "nowhere")
     (folder / "round").symlink_to(folder, target_is_directory=True)
     index = index_scans(folder, tmp_path / "index")
-    assert reasons(index) == ["not_a_scan", "not_a_scan", "unreadable"]
+    assert reasons(index) == ["no_access", "not_a_scan", "not_a_scan"]
 
 
 def test_folder_that_cannot_be_entered_gets_a_row(folder, tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_folder_that_cannot_be_entered_gets_a_row(folder, tmp_path, monkeypatch)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert reasons(index_scans(folder, tmp_path / "index")) == ["not_a_scan", "unreadable"]
+    assert reasons(index_scans(folder, tmp_path / "index")) == ["no_access", "not_a_scan"]
 
 
 def test_names_that_are_not_utf8_are_indexed_and_read(tmp_path):
@@ -318,7 +319,7 @@ def test_damaged_index_is_reported(folder, tmp_path):
 
 def test_damaged_memory_of_earlier_runs_costs_time_only(folder, tmp_path):
     digest = index_scans(folder, tmp_path / "index").digest
-    (tmp_path / "index" / "private" / "locations.parquet").write_bytes(b"broken")
+    (tmp_path / "index" / "private" / "ledger.sqlite").write_bytes(b"broken")
     assert index_scans(folder, tmp_path / "index").digest == digest
 
 
@@ -371,7 +372,7 @@ def test_no_damage_to_a_file_ends_the_run(tmp_path, whole_files, name, content, 
     original = whole_files[name]
     damaged = original[:place] + content + original[place + len(content) :]
     (tmp_path / name).write_bytes(damaged[: len(damaged) - cut if cut < 200 else None])
-    header = files_module.parse_file(tmp_path, Salt(bytes(32)), name)
+    header = parse_file(Salt(bytes(32)), FileToParse(1, name, str(tmp_path / name)))
     assert header.reason in {"", *REASONS}
     if not header.reason:
         (group,) = FORMATS.load(header.format)().group([header], GroupingConfig())

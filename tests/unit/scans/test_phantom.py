@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from medssl.randomness import numpy_generator
-from medssl.scans.index import Index, IndexConfig, build_index
+from medssl.scans.building import IndexConfig, build_index
+from medssl.scans.index import Index
 from medssl.scans.labels import match_masks, read_label_table, read_mask
 from medssl.scans.phantom import CLASSES, LESION, LIVER, draw_patient, write_phantom
 from medssl.scans.scan import read_scan

@@ -1,4 +1,3 @@
-import re
 from pathlib import Path
 
 import numpy as np
@@ -232,10 +231,34 @@ def test_voxels_that_are_not_numbers_are_refused() -> None:
         preprocess(scan_of(volume, np.eye(4)), {}, PreprocessingConfig())
 
 
-def test_a_cine_is_refused() -> None:
+def test_frames_of_a_cine_are_scaled_together_and_keep_their_number() -> None:
+    frames = np.zeros((1, 12, 10, 3), np.float32)
+    frames[0, :, :, 1], frames[0, :, :, 2] = 50, 100
+    frames[0, 0] = 0
+    scan = Scan("k1", frames, np.diag([2.0, 2, 1, 1]), "2D+t", "arbitrary")
+    config = PreprocessingConfig(
+        spacing_mm=(1, 1, 1), crop_foreground=False, intensity={"lower": 0, "upper": 100}
+    )
+    prepared = preprocess(scan, {}, config)
+    assert prepared.image_CS.shape[0::3] == (1, 3)
+    assert prepared.spacing_mm == (1.0, 1.0)
+    means = prepared.image_CS[0, 12].mean(axis=0)
+    np.testing.assert_allclose(means, [0, 0.5, 1], atol=0.01)
+
+
+def test_mask_of_a_cine_is_refused() -> None:
     scan = Scan("k1", np.ones((1, 4, 4, 4), np.float32), np.eye(4), "2D+t", "arbitrary")
-    with pytest.raises(DataError, match=re.escape("scan k1 is a cine (2D+t)")):
-        preprocess(scan, {}, PreprocessingConfig())
+    with pytest.raises(DataError, match="scan k1 is a cine .* masks of cines are not supported"):
+        preprocess(scan, {"organ": np.ones((4, 4, 4), np.uint8)}, PreprocessingConfig())
+
+
+def test_colours_are_scaled_together() -> None:
+    image = np.zeros((3, 8, 8), np.float32)
+    image[0, 2:6, 2:6], image[1, 2:6, 2:6] = 200, 100
+    scan = Scan("k1", image, np.eye(4), "2D", "arbitrary", ("colour",))
+    config = PreprocessingConfig(crop_foreground=False, intensity={"lower": 0, "upper": 100})
+    prepared = preprocess(scan, {}, config).image_CS
+    np.testing.assert_allclose(prepared[:, 4, 4], [1, 0.5, 0], atol=1e-3)
 
 
 def test_the_scan_is_not_edited() -> None:
