@@ -85,5 +85,5 @@ def describe(index: Index) -> list[str]:
     for reason, entry in summary["rejected"].items():
         lines.append(f"rejected {entry['files']} files: {reason}. {entry['remedy']}")
     for flag, count in summary["by_flags"].items():
-        lines.append(f"flag on {count} scans: {flag}. {meaning_of_flag(flag)}".rstrip())
+        lines.append(f"flagged {count} scans: {flag}. {meaning_of_flag(flag)}".rstrip())
     return lines

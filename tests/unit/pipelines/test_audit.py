@@ -175,4 +175,4 @@ def test_an_index_run_is_summed_up_by_modality_reason_and_flag(made: Index):
     lines = describe(made)
     assert "by modality: MR 2, unknown 1" in lines
     assert any(line.startswith("rejected 6 files: missing_slice. A gap") for line in lines)
-    assert any(line.startswith("flag on 1 scans: may_show_face. A scan of") for line in lines)
+    assert any(line.startswith("flagged 1 scans: may_show_face. A scan of") for line in lines)
