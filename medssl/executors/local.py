@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from medssl.config import ComponentConfig
-from medssl.errors import MachineError
-from medssl.executors.base import Executor
+from medssl.executors._outcomes import settle, settle_loss
+from medssl.executors.base import Executor, Guard, Loss
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_AUTO_WORKERS = 16
-_MAX_CHUNK = 64  # items; small enough for a smooth progress bar
-_AHEAD = 4  # chunks in flight per worker
 
 
 class Config(ComponentConfig):
     """Local processes.
 
     Attributes:
-        num_workers: processes; 0 works in this one.
+        num_workers: processes; absent: one a core that this process may use, at most 16; 0: this
+            one, where no guard holds: an item may take any time and memory, and one that crashes
+            takes the whole run down.
     """
 
     name: Literal["local"] = "local"
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int | None = Field(default=None, ge=0)
 
 
 def available_cores() -> int:
@@ -48,108 +45,69 @@ def auto_workers(num_items: int, worthwhile: int) -> int:
 
 
 class LocalExecutor(Executor):
-    """An ordered map over spawned processes, or in this process when there are none.
+    """An ordered map over worker processes, or in this process when there are none.
 
-    Processes are spawned, not forked: a fork of a process with threads (PyTorch's, for example) can
-    hang. They import only what the function needs.
+    Workers are forked from a server process that holds no threads, not from this one: a fork of a
+    process with threads (PyTorch's, for example) can hang. The server stays, so that only the
+    first map of a program waits for its imports. Workers print nothing, and end when this process
+    does, however it ends.
+
+    The time limit of a guard is raised inside the function, as a `BaseException`; code that no
+    exception can interrupt is ended with its worker two seconds later. Of an item whose worker
+    dies there is one more attempt, so the function may run twice on it.
     """
 
     def __init__(self, config: Config | None = None) -> None:
         config = config or Config()
         super().__init__(config)
-        self.num_workers = config.num_workers
+        workers = config.num_workers
+        self.num_workers = min(available_cores(), MAX_AUTO_WORKERS) if workers is None else workers
 
     def map(
         self,
         function: Callable[[Item], Result],
-        items: Sequence[Item],
+        items: Iterable[Item],
         *,
-        lost: Callable[[Item], Result] | None = None,
-        chunk_size: int | None = None,
+        lost: Callable[[Item, Loss], Result] | None = None,
+        guard: Guard | None = None,
+        chunk_size: int = 1,
     ) -> Iterator[Result]:
         """See `Executor.map`."""
-        if self.num_workers == 0 or not items:
-            for item in items:
-                yield function(item)
-            return
-        size = chunk_size or max(1, min(_MAX_CHUNK, len(items) // (self.num_workers * _AHEAD)))
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
-        done = 0
-        while done < len(chunks):
-            for results in self._completed(function, chunks[done:]):
-                yield from results
-                done += 1
-            if done < len(chunks):  # a worker died somewhere in the chunks in flight
-                for item in chunks[done]:
-                    yield self._alone(function, item, lost)
-                done += 1
+        if self.num_workers == 0:
+            return _map_here(function, items, lost)
+        return self._map(function, items, lost, guard, chunk_size)
 
-    def _completed(
-        self, function: Callable[[Item], Result], chunks: Sequence[Sequence[Item]]
-    ) -> Iterator[list[Result]]:
-        """Yield the results of chunks in order, and stop early when a worker dies."""
-        pool = _start(min(self.num_workers, len(chunks)))
-        waiting: deque[Future[list[Result]]] = deque()
-        remaining = iter(chunks)
-        try:
-            for chunk in remaining:
-                waiting.append(pool.submit(_apply, function, chunk))
-                if len(waiting) < self.num_workers * _AHEAD:
-                    continue
-                yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            return
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _alone(
+    def _map(
         self,
         function: Callable[[Item], Result],
-        item: Item,
-        lost: Callable[[Item], Result] | None,
-    ) -> Result:
-        """Run one item in a process of its own, so that it can only take itself down."""
-        pool = _start(1)
+        items: Iterable[Item],
+        lost: Callable[[Item, Loss], Result] | None,
+        guard: Guard | None,
+        chunk_size: int,
+    ) -> Iterator[Result]:
+        from medssl.executors._crew import Crew
+
+        in_flight: deque[Item] = deque()
+
+        def packed() -> Iterator[bytes]:
+            for item in items:
+                in_flight.append(item)
+                yield pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+
+        packed_function = pickle.dumps(function, pickle.HIGHEST_PROTOCOL)
+        with Crew(packed_function, self.num_workers, guard) as crew:
+            for outcome in crew.map(packed(), chunk_size):
+                yield settle(in_flight.popleft(), outcome, lost)
+
+
+def _map_here(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    lost: Callable[[Item, Loss], Result] | None,
+) -> Iterator[Result]:
+    for item in items:
         try:
-            return pool.submit(function, item).result()
-        except BrokenProcessPool:
-            if lost is not None:
-                return lost(item)
-            raise MachineError(
-                "a worker process died, most often for lack of memory. Free memory or give fewer "
-                "workers (num_workers), and start the same command again: it resumes."
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start(num_workers: int) -> ProcessPoolExecutor:
-    """Start processes, and make sure that the first one answers."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_leave_signals_to_parent
-    )
-    try:
-        pool.submit(_answer).result()
-    except BrokenProcessPool:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise MachineError(
-            "worker processes cannot start. In a script, put the call under "
-            "`if __name__ == '__main__':`; or set num_workers: 0 to work in one process."
-        ) from None
-    return pool
-
-
-def _leave_signals_to_parent() -> None:
-    """Ignore Ctrl-C in a worker: the parent ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _answer() -> bool:
-    return True
-
-
-def _apply(function: Callable[[Any], Any], chunk: Sequence[Any]) -> list[Any]:
-    return [function(item) for item in chunk]
+            result = function(item)
+        except MemoryError:
+            result = settle_loss(item, "out_of_memory", lost)
+        yield result
