@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from collections import deque
@@ -99,29 +100,31 @@ class Crew:
     def _hand_out(self, chunk_size: int) -> None:
         """Give each worker that is ready its next chunk, and start workers for what is left."""
         for worker in self._workers:
-            while worker.ready and self._todo and len(worker.jobs) <= chunk_size:
-                if not self._send(worker, chunk_size):
-                    break
+            if worker.ready and not worker.jobs and self._todo:
+                self._send(worker, chunk_size)
+        for worker in self._workers:  # one more each, while there is enough for all
+            plenty = len(self._todo) > self._num_workers * chunk_size
+            if plenty and 0 < len(worker.jobs) <= chunk_size:
+                self._send(worker, chunk_size)
         starting = sum(not worker.ready for worker in self._workers)
         wanted = -(-len(self._todo) // chunk_size) - starting
         for _ in range(min(wanted, self._num_workers - len(self._workers))):
             self._workers.append(self._start())
 
-    def _send(self, worker: _Worker, chunk_size: int) -> bool:
+    def _send(self, worker: _Worker, chunk_size: int) -> None:
         chunk = [self._todo.popleft() for _ in range(min(chunk_size, len(self._todo)))]
         message = pickle.dumps([job.packed for job in chunk], pickle.HIGHEST_PROTOCOL)
-        if worker.jobs and len(message) > _PREFETCH_BYTES:
+        sent = False
+        if not worker.jobs or len(message) <= _PREFETCH_BYTES:
+            with contextlib.suppress(OSError):  # it has died; `_hear` finds the connection closed
+                worker.connection.send_bytes(message)
+                sent = True
+        if not sent:
             self._todo.extendleft(reversed(chunk))
-            return False
-        try:
-            worker.connection.send_bytes(message)
-        except OSError:  # it has died; `_hear` finds its connection closed
-            self._todo.extendleft(reversed(chunk))
-            return False
+            return
         if not worker.jobs:
             worker.since = time.monotonic()
         worker.jobs.extend(chunk)
-        return True
 
     def _start(self) -> _Worker:
         context = worker_context()

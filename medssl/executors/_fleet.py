@@ -90,9 +90,10 @@ class Fleet:
         self._posts.clear()
 
     def _hand_out(self, chunk_size: int) -> None:
-        for depth in range(_IN_FLIGHT):  # every station gets one chunk before any gets two
+        for depth in range(_IN_FLIGHT):  # a second chunk only while there is enough for all
+            spare = depth * self._num_workers * chunk_size
             for post in self._posts:
-                if self._todo and post.starting is None and len(post.chunks) == depth:
+                if post.starting is None and len(post.chunks) == depth and len(self._todo) > spare:
                     chunk = self._next_chunk(chunk_size)
                     promise = post.actor.run.remote([job.packed for job in chunk])
                     post.chunks.append((promise, chunk))
