@@ -164,9 +164,6 @@ def _digest_of_tables(dataset: Any) -> str:
     if not palette and lut is None:
         return ""
     digest = hashlib.blake2b(digest_size=16)
-    lut: Any = (
-        item(dataset, "ModalityLUTSequence") if tag_of("ModalityLUTSequence") in dataset else None
-    )
     for source, names in ((dataset, _TABLES), (lut, ("LUTDescriptor", "LUTData"))):
         for name in names if source is not None else ():
             element = source.get_item(tag_of(name))

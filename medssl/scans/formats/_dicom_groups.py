@@ -99,10 +99,14 @@ def _without_duplicates(stack: list[Header]) -> list[list[Header]]:
 
 def _has_duplicates(stack: list[Header]) -> bool:
     try:
-        _stack(stack[0].facts, [header.facts["position"] for header in stack], GroupingConfig())
+        _stack_of(stack, GroupingConfig())
     except RejectedScan as error:
         return error.reason == "duplicate_position"
     return False
+
+
+def _stack_of(headers: list[Header], config: GroupingConfig) -> Stack:
+    return _stack(headers[0].facts, [header.facts["position"] for header in headers], config)
 
 
 def _stack(plane: dict[str, Any], positions: list[list[float]], config: GroupingConfig) -> Stack:
@@ -117,9 +121,11 @@ def _stack(plane: dict[str, Any], positions: list[list[float]], config: Grouping
 
 
 def _slices(identity: str, headers: list[Header], config: GroupingConfig) -> Group:
-    facts = headers[0].facts
     try:
-        stack = _stack(facts, [header.facts["position"] for header in headers], config)
+        stack = _stack_of(headers, config)
+        # Once more from the first slice, whose directions the volume gets, as when it is read.
+        headers = [headers[index] for index in stack.order]
+        stack, facts = _stack_of(headers, config), headers[0].facts
         calibrated = all(header.facts["calibrated"] for header in headers)
         group = _stacked(identity, facts, stack, config, calibrated=calibrated)
     except RejectedScan as error:

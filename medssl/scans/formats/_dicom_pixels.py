@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from medssl.errors import RejectedScan
-from medssl.scans.formats._dicom_palette import check_palette
 from medssl.scans.formats._dicom_parse import Parsed
+from medssl.scans.formats._dicom_tables import apply_modality_table, apply_palette
 from medssl.scans.formats._dicom_values import item, tag_of
 
 FLOAT_PIXELS = ("FloatPixelData", "DoubleFloatPixelData")
@@ -43,7 +42,7 @@ def decode_frames(
     """
     try:
         for pixels, (slope, intercept) in zip(_stored(parsed, facts, frames), rescale, strict=True):
-            values = _values(parsed.dataset, facts, pixels, slope, intercept)
+            values = _values(parsed, facts, pixels, slope, intercept)
             if not np.isfinite(values).all():
                 raise RejectedScan("nan_voxels", "some voxels are not finite")
             yield values.T[np.newaxis] if values.ndim == 2 else values.transpose(2, 1, 0)
@@ -83,18 +82,18 @@ def _stored(
 
 
 def _values(
-    dataset: Any, facts: dict[str, Any], pixels: npt.NDArray[Any], slope: float, intercept: float
+    parsed: Parsed, facts: dict[str, Any], pixels: npt.NDArray[Any], slope: float, intercept: float
 ) -> npt.NDArray[np.float32]:
+    dataset = parsed.dataset
     if facts["photometric"] == "PALETTE COLOR":
-        check_palette(dataset)
-        return np.asarray(apply_color_lut(pixels, dataset), np.float32)
+        return apply_palette(dataset, pixels, big_endian=parsed.big_endian)
     if facts["channels"] == 3:
         return np.asarray(pixels, np.float32)
-    if tag_of("ModalityLUTSequence") in dataset and item(dataset, "ModalityLUTSequence"):
-        values = np.asarray(apply_modality_lut(pixels, dataset), np.float64)
-        table = np.asarray(item(dataset, "ModalityLUTSequence").LUTData)
-        low, high = float(table.min()), float(table.max())
-        return np.asarray(low + high - values if facts["inverted"] else values, np.float32)
+    table = item(dataset, "ModalityLUTSequence") if facts["tables"] else None
+    if table is not None:
+        return apply_modality_table(
+            table, pixels, big_endian=parsed.big_endian, inverted=facts["inverted"]
+        )
     values = pixels.astype(np.float64)
     if facts["inverted"]:
         values = _range_sum(facts, pixels) - values

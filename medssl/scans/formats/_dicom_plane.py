@@ -35,13 +35,18 @@ def plane_of(
             raise RejectedScan("no_orientation", "orientation or position is missing")
         flags.append("no_patient_geometry")
         orientation, position = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0]
-    if spacing is None and not required:
-        spacing = numbers(dataset, "ImagerPixelSpacing", 2) or ultrasound_spacing(dataset)
+    if not required and not _usable(spacing):
+        spacing = numbers(dataset, "ImagerPixelSpacing", 2)
+        spacing = spacing if _usable(spacing) else ultrasound_spacing(dataset)
         if spacing is None:
             flags.append("spacing_unknown")
             spacing = [1.0, 1.0]
     check_plane(orientation, position, spacing)
     return orientation, position, spacing or []
+
+
+def _usable(spacing: list[float] | None) -> bool:
+    return spacing is not None and all(math.isfinite(size) and size > 0 for size in spacing)
 
 
 def check_plane(

@@ -46,10 +46,9 @@ def value_of(dataset: Any, keyword: str) -> Any:
         return None
     if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
         content, vr = element.value, element.VR or usual_vr
-        if vr in _TEXT_VRS:
-            if content.isascii() and b"\x1b" not in content:
-                words = content.decode("ascii").strip(" \x00").split("\\")
-                return words[0] if len(words) == 1 else words
+        if vr in _TEXT_VRS and content.isascii() and b"\x1b" not in content:
+            parts = content.decode("ascii").strip(" \x00").split("\\")
+            return parts[0] if len(parts) == 1 else parts
         form = _NUMBERS.get((vr, element.is_little_endian))
         if form is not None and len(content) == form.size:
             return form.unpack(content)[0]
