@@ -5,8 +5,9 @@
 
 A case ends in one of four ways: every scan right (in any order of its axes, as long as its affine
 says so); rightly refused, where no right volume exists; a good scan missed (an error, or nothing);
-or wrong, silently. A volume that is merely unwanted (a secondary capture, a mask, text in the
-pixels) is not held against a reader that knows no such policy.
+or wrong, silently (a warning on the terminal is no error that a program sees). A volume that is
+merely unwanted (a secondary capture, a mask, text in the pixels) is not held against a reader that
+knows no such policy.
 """
 
 from __future__ import annotations

@@ -82,9 +82,8 @@ def test_rate_of_indexing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         print(f"\n{len(paths)} files, medians of {_ROUNDS}")
         for name, times in found.items():
             middle = statistics.median(times)
-            print(
-                f"{name:22} {middle:8.2f} s  {len(paths) / middle:9.0f} files/s  {loop / middle:7.2f} x loop"
-            )
+            rate, ratio = len(paths) / middle, loop / middle
+            print(f"{name:22} {middle:8.2f} s  {rate:9.0f} files/s  {ratio:7.2f} x loop")
 
 
 _PEAK = """
