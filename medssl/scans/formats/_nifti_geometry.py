@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
-from medssl.scans.geometry import shear_of
 
-_MAX_SHEAR = 1e-3  # cosine between two axes
+_MAX_SHEAR = 1e-3  # cosine between the two axes of a slice
 _AFFINE_TOLERANCE_MM = 1e-2
 _SPACING_TOLERANCE = 0.01  # of the spacing, between pixdim and the affine in use
 _SPACING_MM = (1e-4, 250.0)  # from below a cell to beyond any slice: what is outside is in error
@@ -36,7 +35,7 @@ def affine_of(fields: Any, num_axes: int) -> tuple[Affine, list[str]]:
         num_axes: of the image in space, 2 or 3. The third spacing of a 2D image may be absent.
 
     Returns:
-        (4, 4), voxel index to RAS mm; and flags.
+        (4, 4), voxel index to RAS mm, whose first two axes are perpendicular; and flags.
 
     Raises:
         RejectedScan: ``no_orientation``, ``nonfinite_geometry`` or ``gantry_tilt``.
@@ -133,6 +132,6 @@ def _check(affine: Affine, num_axes: int) -> None:
         )
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < _MIN_DETERMINANT:
         raise RejectedScan("nonfinite_geometry", "the axes lie in one plane")
-    shear = shear_of(affine)
+    shear = abs(float(affine[:3, 0] @ affine[:3, 1])) / float(lengths[0] * lengths[1])
     if shear > _MAX_SHEAR:
-        raise RejectedScan("gantry_tilt", f"two axes have a cosine of {shear:.4f}")
+        raise RejectedScan("gantry_tilt", f"the axes of a slice have a cosine of {shear:.4f}")

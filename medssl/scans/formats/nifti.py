@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from medssl.scans.formats._nifti_geometry import Affine, affine_of
 from medssl.scans.formats._nifti_header import HEADER_BYTES, Layout, byte_order, is_single_file
 from medssl.scans.formats._nifti_sidecar import SUFFIX, belongs_to_image, read_sidecar
 from medssl.scans.formats._nifti_stream import open_stream, read_head, unzipped_head
-from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume
+from medssl.scans.formats._nifti_tilt import stack_of, straightened
+from medssl.scans.formats.base import (
+    Group,
+    GroupingConfig,
+    Header,
+    ScanFormat,
+    Volume,
+    check_size,
+)
 from medssl.scans.identity import Salt
 
 _SUFFIXES = (".nii", ".nii.gz")
@@ -84,24 +93,12 @@ class NiftiFormat(ScanFormat):
 
     def group(self, headers: Sequence[Header], config: GroupingConfig) -> list[Group]:
         """See `ScanFormat.group`: every file is a scan of its own."""
-        return [
-            Group(
-                identity=header.path,
-                headers=(header,),
-                modality=header.facts["modality"],
-                dims=header.facts["dims"],
-                shape=tuple(header.facts["shape"]),
-                num_channels=header.facts["num_channels"],
-                affine=np.array(header.facts["affine"]).reshape(4, 4),
-                intensity="arbitrary",
-                flags=tuple(header.facts["flags"]),
-            )
-            for header in headers
-        ]
+        return [_group(header, config) for header in headers]
 
     def read_voxels(self, paths: Sequence[Path], reading: Mapping[str, Any]) -> Volume:
         """See `ScanFormat.read_voxels`."""
-        return read_grid(paths[0])
+        volume = read_grid(paths[0])
+        return straightened(volume) if reading.get("straighten") else volume
 
 
 def read_grid(path: Path) -> Volume:
@@ -119,6 +116,34 @@ def read_grid(path: Path) -> Volume:
             voxels[start : start + len(values)] = values
             start += len(values)
     return Volume(layout.arrange(voxels), affine)
+
+
+def _group(header: Header, config: GroupingConfig) -> Group:
+    facts = header.facts
+    shape, affine = tuple(facts["shape"]), np.array(facts["affine"]).reshape(4, 4)
+    flags, reading, reason = list(facts["flags"]), {}, ""
+    try:
+        stack = stack_of(affine, shape, config) if facts["dims"] == "3D" else None
+        if stack is not None and stack.resampling is not None:
+            shape, affine = stack.resampling.shape, stack.affine
+            check_size(math.prod(shape) * facts["num_channels"])
+            flags += stack.flags
+            reading = {"straighten": True}
+    except RejectedScan as error:
+        reason = error.reason
+    return Group(
+        identity=header.path,
+        headers=(header,),
+        reason=reason,
+        modality=facts["modality"],
+        dims=facts["dims"],
+        shape=shape,
+        num_channels=facts["num_channels"],
+        affine=affine,
+        intensity="arbitrary",
+        flags=tuple(flags),
+        reading=reading,
+    )
 
 
 def _placed(layout: Layout) -> tuple[Affine, list[str]]:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from medssl.errors import RejectedScan
 from medssl.scans.formats.base import GroupingConfig
 from medssl.scans.formats.nifti import NiftiFormat, read_grid
+from medssl.scans.geometry import shear_of
 from medssl.scans.identity import Salt
 from samples import OBLIQUE, linear_values, linear_volume, rotation_affine, write_nifti
 from strategies import affines, shapes
@@ -106,9 +107,51 @@ def test_file_that_says_it_holds_labels_is_no_scan(tmp_path):
     assert reason_of(tmp_path / "a.nii") == "label_map"
 
 
-def test_sheared_axes_are_a_tilt(tmp_path):
-    affine = rotation_affine(spacing_mm=(1, 1, 5))
-    affine[1, 2] = 1.0
+def leaning(along, by_mm=1.0):
+    affine = rotation_affine((12.0, -8.0, 25.0), (1.0, 0.8, 5.0))
+    affine[:3, 2] += affine[:3, along] * by_mm
+    return affine
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_slices_that_lean_are_a_tilt(tmp_path, along):
+    path = write_nifti(tmp_path / "a.nii", None, leaning(along))
+    (group,) = NIFTI.group([header_of(path)], GroupingConfig())
+    assert group.reason == "gantry_tilt"
+
+
+@pytest.mark.parametrize("mirror", [1.0, -1.0])
+@pytest.mark.parametrize("along", [0, 1])
+@pytest.mark.parametrize("by_mm", [1.0, -0.7])
+def test_slices_that_lean_are_straightened_on_request(tmp_path, along, by_mm, mirror):
+    affine = leaning(along, by_mm) @ np.diag([1.0, 1.0, mirror, 1.0])
+    values = linear_values(affine, (8, 7, 6)).astype(np.float32)
+    path = write_nifti(tmp_path / "a.nii", np.stack([values, values + 9], -1), affine)
+    (group,) = NIFTI.group([header_of(path)], GroupingConfig(gantry_tilt="resample"))
+    assert (group.reason, group.num_channels) == ("", 2)
+    assert "gantry_tilt_resampled" in group.flags
+    volume = NIFTI.read_voxels([path], group.reading)
+    assert volume.voxels_CXYZ.shape == (2, *group.shape)
+    np.testing.assert_allclose(volume.affine, group.affine)
+    assert shear_of(volume.affine) < 1e-6
+    first, second = volume.voxels_CXYZ
+    inside = second > values.min() + 9  # what lies outside of the data has the lowest value
+    assert inside.mean() > 0.5
+    expected = linear_values(volume.affine, group.shape)
+    interior = inside & (first > values.min())
+    np.testing.assert_allclose(first[interior], expected[interior], atol=0.1)
+
+
+def test_too_many_leaning_slices_are_not_straightened(tmp_path):
+    values = np.arange(2 * 2 * 20_000, dtype=np.int32).reshape(2, 2, -1)
+    path = write_nifti(tmp_path / "a.nii", values, leaning(0))
+    (group,) = NIFTI.group([header_of(path)], GroupingConfig(gantry_tilt="resample"))
+    assert group.reason == "gantry_tilt"
+
+
+def test_axes_of_a_slice_that_lean_are_a_tilt(tmp_path):
+    affine = rotation_affine()
+    affine[:3, 1] += 0.2 * affine[:3, 0]
     assert reason_of(write_nifti(tmp_path / "a.nii", None, affine)) == "gantry_tilt"
 
 

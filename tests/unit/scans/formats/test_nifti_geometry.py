@@ -122,17 +122,8 @@ def flat():
     return affine
 
 
-def leaning():
-    affine = rotation_affine(spacing_mm=(1, 1, 5))
-    affine[1, 2] = 1.0
-    return affine
-
-
-@pytest.mark.parametrize(
-    ("affine", "reason"), [(flat(), "nonfinite_geometry"), (leaning(), "gantry_tilt")]
-)
-def test_axes_that_are_not_perpendicular_get_their_reason(tmp_path, affine, reason):
-    assert outcome_of(write(tmp_path / "a.nii", sform=affine)) == reason
+def test_axes_within_one_plane_are_rejected(tmp_path):
+    assert outcome_of(write(tmp_path / "a.nii", sform=flat())) == "nonfinite_geometry"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
