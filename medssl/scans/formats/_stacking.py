@@ -131,6 +131,8 @@ def stack_slices(
         shifts = places[:, :2] if leans else np.zeros((len(order), 2))
         first = np.floor(shifts.min(axis=0) + ROUNDING_MM)
         wider = np.ceil((shifts - first).max(axis=0) - ROUNDING_MM).astype(int)
+        if (wider >= np.maximum(size, 2)).any():
+            raise RejectedScan("gantry_tilt", "the last slice does not lie over the first any more")
         lps[:3, 3] += lps[:3, :2] @ first
         shape = (size[0] + int(wider[0]), size[1] + int(wider[1]), num_gaps + 1)
         resampling = Resampling(places[:, 2], shifts - first, shape)
