@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pickle
@@ -51,7 +52,8 @@ class RayExecutor(Executor):
 
     The function runs in a guarded process beside each Ray worker, under the same limits and as
     silent as with `LocalExecutor`: the results are the same. Files are read by the machines of the
-    cluster, so they need the same paths, and the same medssl. A Ray worker that is lost costs no
+    cluster, so they need the same paths, and the same medssl; the function must be one that they
+    can import, not one of ``__main__``. A Ray worker that is lost costs no
     item its result; those it had are run again.
 
     No usage statistics are sent, no dashboard is started, and no log reaches this process. A
@@ -85,6 +87,11 @@ class RayExecutor(Executor):
                 in_flight.append(item)
                 yield pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
 
+        stream = packed()
+        first = next(stream, None)
+        if first is None:  # no cluster for nothing
+            return
+        stream = itertools.chain((first,), stream)
         packed_function = pickle.dumps(function, pickle.HIGHEST_PROTOCOL)
         cpus = self._config.num_cpus
         with _cluster(self._config) as ray:
@@ -92,7 +99,7 @@ class RayExecutor(Executor):
             if workers is None:
                 workers = max(1, int(ray.cluster_resources().get("CPU", 0) // cpus))
             with Fleet(ray, packed_function, workers, cpus, guard) as fleet:
-                for outcome in fleet.map(packed(), chunk_size):
+                for outcome in fleet.map(stream, chunk_size):
                     yield settle(in_flight.popleft(), outcome, lost)
 
 
