@@ -11,9 +11,10 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, JPEG2000Lossless
 
-from hostile_dicom import MIDDLE, NUM, SHAPE, Outcome, copy_of, edit, series, set_to, whole
+from hostile_dicom import MIDDLE
 from hostile_outcomes import Case, rejected
 from hostile_pixels import compressed, encapsulated
+from hostile_series import NUM, SHAPE, Outcome, copy_of, edit, series, set_to, whole
 
 
 def syntax_named(uid: str) -> Callable[[Path], Outcome]:

@@ -9,83 +9,31 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
-from hostile_outcomes import Case, Rejected, Right, linear, rejected, same_as
+from hostile_outcomes import Case, Right, linear, rejected, same_as
+from hostile_series import (
+    NUM,
+    SHAPE,
+    Outcome,
+    copy_of,
+    edit,
+    patch,
+    series,
+    set_to,
+    simple_itk_volume,
+    whole,
+)
 from samples import (
     OBLIQUE,
     UID_ROOT,
     hippocampus,
-    linear_volume,
     real_data,
     rotation_affine,
     write_dicom_series,
 )
-
-Outcome = tuple[Right | Rejected, ...]
-SHAPE = (9, 8, 6)
-NUM = SHAPE[2]
-
-
-def series(
-    folder: Path,
-    shape: tuple[int, int, int] = SHAPE,
-    affine: npt.NDArray[np.float64] = OBLIQUE,
-    **options: Any,
-) -> list[Path]:
-    """Write a linear series; files in slice order, numbered at random."""
-    return write_dicom_series(linear_volume(shape, affine), affine, folder, **options)
-
-
-def edit(paths: Path | Sequence[Path], change: Callable[[Dataset], object]) -> None:
-    """Change the data sets of files."""
-    for path in [paths] if isinstance(paths, Path) else paths:
-        dataset = dcmread(path, force=True)
-        change(dataset)
-        dataset.save_as(path)
-
-
-def set_to(**values: Any) -> Callable[[Dataset], None]:
-    """Return a change that sets values, and takes away those that are None."""
-
-    def change(dataset: Dataset) -> None:
-        for keyword, value in values.items():
-            if value is None:
-                if keyword in dataset:
-                    delattr(dataset, keyword)
-            else:
-                setattr(dataset, keyword, value)
-
-    return change
-
-
-def copy_of(path: Path, name: str, change: Callable[[Dataset], object]) -> Path:
-    """Write a changed copy with an instance UID of its own beside a file."""
-    new = path.with_name(name)
-    dataset = dcmread(path)
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    change(dataset)
-    dataset.save_as(new)
-    return new
-
-
-def patch(paths: Path | Sequence[Path], old: bytes, new: bytes) -> None:
-    """Replace bytes of the same length: values that no honest writer writes."""
-    if len(old) != len(new):
-        raise ValueError("a patch keeps the length")
-    for path in [paths] if isinstance(paths, Path) else paths:
-        content = path.read_bytes()
-        if old not in content:
-            raise ValueError("nothing to patch")
-        path.write_bytes(content.replace(old, new))
-
-
-def whole(shape: tuple[int, int, int] = SHAPE, **options: Any) -> Right:
-    """Return the expectation of the whole linear series."""
-    return Right(shape, linear(), **options)
 
 
 def random_names(folder: Path) -> Outcome:
@@ -110,26 +58,6 @@ def real_sagittal(folder: Path) -> Outcome:
     return (Right((256, 256, 20), same_as(voxels[None], affine)),)
 
 
-def simple_itk_volume(
-    files: Sequence[Path],
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """Read an even, straight series by SimpleITK, its files put in order by their place."""
-
-    def place(path: Path) -> float:
-        dataset = dcmread(path, stop_before_pixels=True)
-        cosines = np.array(dataset.ImageOrientationPatient, float)
-        normal = np.cross(cosines[:3], cosines[3:])
-        return float(np.array(dataset.ImagePositionPatient, float) @ normal)
-
-    image = SimpleITK.ReadImage([str(path) for path in sorted(files, key=place)])
-    affine = np.eye(4)
-    directions = np.array(image.GetDirection()).reshape(3, 3)
-    affine[:3, :3] = directions * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    voxels = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
-    return voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
 def without(position: int) -> Callable[[Path], Outcome]:
     def build(folder: Path) -> Outcome:
         series(folder)[position].unlink()
@@ -138,6 +66,12 @@ def without(position: int) -> Callable[[Path], Outcome]:
         return (rejected("missing_slice", NUM - 1),)
 
     return build
+
+
+def missing_but_resampled(folder: Path) -> Outcome:
+    series(folder)[2].unlink()
+    flags = frozenset({"missing_slice_resampled"})
+    return (Right(SHAPE, linear(atol=1.2), flags=flags),)
 
 
 def duplicate_position(folder: Path) -> Outcome:
@@ -160,7 +94,7 @@ def leaning(resample: bool) -> Callable[[Path], Outcome]:
         series(folder, affine=LEANING, modality="CT")
         if resample:
             check = linear(atol=1.2, inside=(LEANING, SHAPE))
-            return (Right((0, 0, 0), check),)
+            return (Right((0, 0, 0), check, flags=frozenset({"gantry_tilt_resampled"})),)
         return (rejected("gantry_tilt", NUM),)
 
     return build
@@ -190,9 +124,13 @@ def irregular(setting: str | float) -> Callable[[Path], Outcome]:
         if setting == "resample":
             ends = affine.copy()
             ends[:3, 2] *= sum(gaps)
-            return (Right((9, 8, 0), linear(atol=1.2, inside=(ends, (9, 8, 2)))),)
+            flags = frozenset({"irregular_spacing_resampled"})
+            check = linear(atol=1.2, inside=(ends, (9, 8, 2)))
+            return (Right((9, 8, 0), check, flags=flags),)
         # Widened: each slice is taken to lie at most 0.2 of the mean gap from its place.
-        return (Right((9, 8, len(gaps) + 1), linear(atol=0.2 * 2.05 * 14 + 0.6)),)
+        flags = frozenset({"irregular_spacing_allowed"})
+        check = linear(atol=0.2 * 2.05 * 14 + 0.6)
+        return (Right((9, 8, len(gaps) + 1), check, flags=flags),)
 
     return build
 
@@ -344,6 +282,7 @@ GEOMETRY_CASES = (
     Case("real sagittal MR, renamed", real_sagittal),
     Case("slice missing in the middle", without(2)),
     Case("slice missing at the end", without(-1)),
+    Case("slice missing, resampled", missing_but_resampled, {"irregular_spacing": "resample"}),
     Case("two slices at one place", duplicate_position),
     Case("one file twice", duplicate_file),
     Case("gantry tilt", leaning(False)),

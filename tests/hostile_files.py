@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hostile_dicom import Outcome, series, whole
 from hostile_outcomes import Case, rejected
+from hostile_series import Outcome, series, whole
 from samples import write_nifti
 
 

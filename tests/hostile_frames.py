@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from pydicom.fileset import FileSet
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID, generate_uid
 
-from hostile_dicom import NUM, SHAPE, Outcome, copy_of, edit, series, set_to, whole
 from hostile_outcomes import Case, Right, linear, pixels, rejected
 from hostile_pixels import coloured, image, real_slice
+from hostile_series import NUM, SHAPE, Outcome, copy_of, edit, series, set_to, whole
 from samples import OBLIQUE, linear_volume, rotation_affine
 
 ENHANCED = {"CT": "1.2.840.10008.5.1.4.1.1.2.1", "MR": "1.2.840.10008.5.1.4.1.1.4.1",
@@ -276,6 +278,10 @@ def dicomdir(folder: Path) -> Outcome:
         files.add(dataset)
     files.write(folder / "disc")
     shutil.rmtree(folder / "draft")
+    with warnings.catch_warnings():  # pydicom leaves its draft folder to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        del files
+        gc.collect()
     return (whole(), rejected("dicomdir"))
 
 

@@ -104,8 +104,8 @@ def linear(
     Args:
         atol: of the value; 0.6 leaves room for stored whole numbers.
         scale, offset: of the function, for pixels that hold few bits.
-        inside: affine and shape of the original; only voxels well inside it are checked, and they
-            must be at least a third of all: for resampled volumes, padded at their edges.
+        inside: affine and shape of the original; only voxels inside it are checked, and they must
+            be at least a third of all: for resampled volumes, padded at their edges.
     """
 
     def check(found: Found) -> str:
@@ -117,7 +117,7 @@ def linear(
             affine, shape = inside
             back = np.linalg.inv(affine)
             index = places @ back[:3, :3].T + back[:3, 3]
-            within = ((index >= 0.01) & (index <= np.array(shape) - 1.01)).all(-1)
+            within = ((index >= -1e-3) & (index <= np.array(shape) - 0.999)).all(-1)
             if within.mean() < 1 / 3:
                 return f"only {within.mean():.0%} of the voxels lie inside the original"
         worst = float(np.abs(voxels - wanted)[within].max())
@@ -189,7 +189,8 @@ def inverted(stored_CXY: Array) -> Check:
 
 def index_case(folder: Path, out: Path, settings: Mapping[str, Any]) -> Index:
     """Index a folder, also when nothing in it is a scan."""
-    config = pipeline.Config(**{"folder": folder, "num_workers": 0, **settings})
+    local = {"name": "local", "num_workers": 0}
+    config = pipeline.Config(**{"folder": folder, "executor": local, **settings})
     try:
         return pipeline.run(config, out)
     except DataError as error:

@@ -27,8 +27,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from hostile_dicom import SHAPE, Outcome, edit, series, set_to, whole
 from hostile_outcomes import Case, Check, Right, inverted, linear, pixels, same_as
+from hostile_series import SHAPE, Outcome, edit, series, set_to, whole
 from samples import OBLIQUE, hippocampus, linear_volume, real_data, write_dicom_series
 
 PIXEL_DATA = (0x7FE0, 0x0010)
@@ -38,7 +38,7 @@ def real_series(folder: Path, **options: Any) -> tuple[list[Path], Any]:
     """Write real hippocampus pixels of 12 bits under an oblique affine."""
     voxels, _ = hippocampus()
     stored = np.rint(voxels * (4000.0 / voxels.max()))
-    return write_dicom_series(stored, OBLIQUE, folder, **options), stored
+    return write_dicom_series(stored, OBLIQUE, folder, seed=None, **options), stored
 
 
 def real_slice(size: int = 64) -> Any:

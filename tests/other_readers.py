@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import multiprocessing
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -188,7 +186,9 @@ class Worker:
 def _serve(read: Callable[[Path], list[Volume]], pipe: Connection) -> None:
     """Read folder after folder; runs in the process."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
-    sys.stdout = sys.stderr = io.StringIO()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # libraries in C write past sys.stdout
+        os.dup2(silence, stream)
     with contextlib.suppress(EOFError):
         while True:
             folder = pipe.recv()
