@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from medssl.errors import RejectedScan
+from medssl.pipelines.index import index_scans
 from medssl.scans.files import HEAD_BYTES
 from medssl.scans.formats import _nifti_stream
 from medssl.scans.formats.base import GroupingConfig
@@ -268,6 +269,21 @@ def test_changed_sidecar_changes_the_facts(tmp_path):
     before = header_of(path).facts["sidecar"]
     (tmp_path / "a.json").write_text('{"Modality": "CT"}')
     assert header_of(path).facts["sidecar"] not in ("", before)
+
+
+@pytest.mark.parametrize("after", ['{"Modality": "CT"}', None], ids=["changed", "removed"])
+def test_index_sees_that_a_sidecar_changed(tmp_path, after):
+    (tmp_path / "scans").mkdir()
+    sidecar(tmp_path / "scans", {"Modality": "MR"})
+    index = index_scans(tmp_path / "scans", tmp_path / "index", num_workers=0)
+    assert list(index.accepted["modality"]) == ["MR"]
+    beside = tmp_path / "scans" / "a.json"
+    if after is None:
+        beside.unlink()
+    else:
+        beside.write_text(after)
+    index = index_scans(tmp_path / "scans", tmp_path / "index", num_workers=0)
+    assert list(index.accepted["modality"]) == ["CT" if after else ""]
 
 
 def changing(monkeypatch, path, change):
