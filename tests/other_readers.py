@@ -21,7 +21,7 @@ import numpy.typing as npt
 Volume = tuple[npt.NDArray[Any], npt.NDArray[np.float64]]
 """Voxels as the reader gives them, and the affine to RAS mm."""
 
-SECONDS = 90.0
+SECONDS = 30.0
 MAX_BYTES = 8 * 2**30
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
