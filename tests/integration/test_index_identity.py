@@ -10,6 +10,7 @@ import pydicom
 import pytest
 
 from medssl.errors import MedsslError
+from medssl.pipelines import audit, inspect
 from medssl.pipelines.index import describe, index_scans
 from medssl.scans.index import Index
 from medssl.scans.scan import load_scan, read_scan
@@ -57,12 +58,13 @@ def planted_in(content):
 
 def test_planted_identity_is_in_no_shareable_file(folder, tmp_path):
     index = index_scans(folder, tmp_path / "index")
+    audit.run(index)
     checked = 0
     for path in index.folder.rglob("*"):
         if path.is_file() and "private" not in path.parts:
             assert not planted_in(path.read_bytes())
             checked += 1
-    assert checked == 2
+    assert checked == 5  # table, summary, and the audit as a page, CSV and JSON
     assert not planted_in(index.table.to_csv())
 
 
@@ -72,9 +74,9 @@ def test_private_part_holds_paths_but_no_value_of_a_header(folder, tmp_path):
     for path in list(plain.glob("*.*")):
         path.rename(plain / f"x{len(path.name)}{''.join(path.suffixes[-2:])}")
     index = index_scans(plain, tmp_path / "index")
-    frame = index._locations
-    assert not planted_in(frame.to_csv())
-    assert not planted_in((index.folder / "private" / "locations.parquet").read_bytes())
+    audit.run(index)
+    for path in (index.folder / "private").iterdir():
+        assert not planted_in(path.read_bytes()), path.name
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -83,9 +85,12 @@ def test_planted_identity_is_neither_printed_logged_nor_warned(
 ):
     caplog.set_level(logging.DEBUG)
     index = index_scans(folder, tmp_path / "index", num_workers=num_workers)
+    audit.run(index)
     for key in index.accepted["scan_key"]:
         load_scan(index, key)
     sys.stdout.write("\n".join(describe(index)))
+    for part in (folder / "good", folder / "2", folder / f"{PATIENT_ID}.nii.gz"):
+        sys.stdout.write("\n".join(inspect.describe(inspect.run(str(part)), "asked")))
     printed = capfd.readouterr()
     warned = "".join(str(warning.message) for warning in recwarn.list)
     assert not planted_in(printed.out + printed.err + caplog.text + warned)
