@@ -61,7 +61,7 @@ def check_plane(
         raise RejectedScan("no_orientation", "orientation or position is missing")
     if spacing is None or min(spacing) <= 0 or not all(map(math.isfinite, [*spacing, *position])):
         raise RejectedScan("nonfinite_geometry", "position or pixel spacing is unusable")
-    check_directions(np.array(orientation))
+    check_directions(orientation)
 
 
 def ultrasound_spacing(dataset: Any) -> list[float] | None:

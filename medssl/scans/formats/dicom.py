@@ -13,6 +13,7 @@ from pydicom.uid import UID
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats import _dicom_groups
+from medssl.scans.formats._codestream import check_frames
 from medssl.scans.formats._dicom_facts import READ_BY, TAGS, facts_of, modality_of
 from medssl.scans.formats._dicom_parse import Parsed, open_unchanged, parse, quiet
 from medssl.scans.formats._dicom_pixels import over_float32
@@ -78,7 +79,7 @@ def _digest(parsed: Parsed, facts: dict[str, Any]) -> str:
     BLAKE2b: the fastest of the strong digests where the processor has no instructions for SHA.
 
     Raises:
-        RejectedScan: ``unsupported_transfer_syntax`` or ``truncated_pixels``.
+        RejectedScan: ``unsupported_transfer_syntax``, ``truncated_pixels`` or ``too_large``.
     """
     compressed = _is_compressed(parsed.syntax)
     allocated, stored, _ = facts["bits"]
@@ -87,6 +88,9 @@ def _digest(parsed: Parsed, facts: dict[str, Any]) -> str:
     wanted = (facts["rows"] * facts["columns"] * facts["num_frames"] * samples * allocated + 7) // 8
     floating = peek_float_pixels(parsed.content, big_endian=parsed.big_endian)
     ranges = find_pixel_bytes(parsed.content, parsed.size, wanted, big_endian=parsed.big_endian)
+    if compressed:
+        size = facts["rows"] * facts["columns"] * facts["samples"]
+        check_frames(parsed.content, ranges, size)
     read_by = [parsed.syntax, *(facts.get(name) for name in READ_BY)]
     digest = hashlib.blake2b(json.dumps(read_by).encode(), digest_size=32)
     wide = stored > _FLOAT32_BITS and not floating
