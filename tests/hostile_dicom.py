@@ -276,7 +276,7 @@ def mixed_patients(folder: Path) -> Outcome:
 
 MIDDLE = slice(2, 3)
 GEOMETRY_CASES = (
-    Case("instance numbers shuffled", lambda folder: series(folder) and (whole(),)),
+    Case("instance numbers shuffled", lambda folder: series(folder, seed=0) and (whole(),)),
     Case("names at random, no suffix", random_names),
     Case("real MR, real pixels", real_mr),
     Case("real sagittal MR, renamed", real_sagittal),
