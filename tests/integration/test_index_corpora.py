@@ -150,6 +150,8 @@ def same_as_pydicom(path, x_CXYT, row):
     kind = dataset.PhotometricInterpretation
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, dataset)
+        if not dataset.file_meta.TransferSyntaxUID.is_little_endian:
+            pixels = pixels.byteswap()  # pydicom leaves palettes in the file's byte order
     elif kind.startswith("MONOCHROME"):
         pixels = apply_modality_lut(pixels, dataset)
     elif kind != "RGB" and "JPEG" not in dataset.file_meta.TransferSyntaxUID.name:
@@ -189,3 +191,16 @@ def test_nifti_files_of_nibabel_have_the_outcome_they_should(tmp_path):
     reasons = zip(index.table["scan_key"], index.table["reason"], strict=True)
     found = {index.files(key)[0].name: reason for key, reason in reasons}
     assert {name: found[name] for name in NIBABEL_NIFTI} == NIBABEL_NIFTI
+
+
+@pytest.mark.parametrize("frames", ["", "_2frame"])
+def test_palette_is_read_alike_in_either_byte_order(tmp_path, frames):
+    scans = []
+    for order in ("", "_expb"):
+        folder = tmp_path / f"files{order}"
+        folder.mkdir()
+        name = f"OBXXXX1A{order}{frames}.dcm"
+        (folder / name).symlink_to(folders_of("pydicom-data")[0] / "data" / name)
+        index = index_scans(folder, tmp_path / f"index{order}", num_workers=1)
+        scans.append(index.read_volume(index.accepted["scan_key"][0]).voxels_CXYZ)
+    np.testing.assert_array_equal(*scans)
