@@ -278,7 +278,7 @@ MIDDLE = slice(2, 3)
 GEOMETRY_CASES = (
     Case("instance numbers shuffled", lambda folder: series(folder, seed=0) and (whole(),)),
     Case("names at random, no suffix", random_names),
-    Case("real MR, real pixels", real_mr),
+    Case("real MR, instance numbers shuffled", real_mr),
     Case("real sagittal MR, renamed", real_sagittal),
     Case("slice missing in the middle", without(2)),
     Case("slice missing at the end", without(-1)),
