@@ -108,9 +108,11 @@ def parse(file: BinaryIO, tags: list[int], *, with_pixels: bool = False) -> Pars
             raise RejectedScan("changed_while_read", "the file became shorter while it was read")
     try:
         return _parse_content(content, size, tags, with_pixels)
-    except (RejectedScan, OSError, MemoryError):
+    except (RejectedScan, MemoryError):
         raise
-    except Exception:  # noqa: BLE001  (a damaged file can fail in any way; values stay inside)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own; pydicom's have no number
         raise RejectedScan("unreadable", "not parsable as DICOM") from None
 
 

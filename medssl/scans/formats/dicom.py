@@ -42,15 +42,13 @@ class DicomFormat(ScanFormat):
         digest, reason = "", ""
         with open_unchanged(path) as file, quiet() as flags:
             parsed = parse(file, TAGS)
-            dataset = parsed.dataset
-            facts: dict[str, Any] = {"modality": modality_of(dataset), "flags": []}
+            modality, patient, study, series = _identifiers(parsed)
+            facts: dict[str, Any] = {"modality": modality, "flags": []}
             try:
                 facts = facts_of(parsed, lambda identifier: salt.key("file", identifier))
                 digest = _digest(parsed, facts)
             except RejectedScan as error:
                 reason = error.reason
-            series = text(dataset, "SeriesInstanceUID") or f"file\x1f{relative}"
-            patient, study = text(dataset, "PatientID"), text(dataset, "StudyInstanceUID")
         facts["flags"] = sorted({*facts["flags"], *flags})
         return Header(
             path=relative,
@@ -58,7 +56,7 @@ class DicomFormat(ScanFormat):
             reason=reason,
             patient_key=salt.key("patient", patient) if patient else "",
             study_key=salt.key("study", study) if study else "",
-            series_key=salt.key("series", series),
+            series_key=salt.key("series", series or f"file\x1f{relative}"),
             digest=digest,
             facts=facts,
         )
@@ -71,6 +69,16 @@ class DicomFormat(ScanFormat):
         """See `ScanFormat.read_voxels`."""
         with quiet():
             return read_volume(paths, reading)
+
+
+def _identifiers(parsed: Parsed) -> tuple[str, str, str, str]:
+    """Return modality, and the identifiers of patient, study and series ("" where absent)."""
+    dataset = parsed.dataset
+    try:
+        patient, study = text(dataset, "PatientID"), text(dataset, "StudyInstanceUID")
+        return modality_of(dataset), patient, study, text(dataset, "SeriesInstanceUID")
+    except Exception:  # noqa: BLE001  (values of an unknown type; they stay inside)
+        raise RejectedScan("unreadable", "an identifier cannot be read") from None
 
 
 def _digest(parsed: Parsed, facts: dict[str, Any]) -> str:

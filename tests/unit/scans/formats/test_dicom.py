@@ -9,7 +9,7 @@ import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.uid import RLELossless
 
 from medssl.errors import GeometryError, RejectedScan
 from medssl.scans.formats import _dicom_parse
@@ -58,15 +58,6 @@ def edit(path, **values):
             del dataset[keyword]
         else:
             setattr(dataset, keyword, value)
-    dataset.save_as(path)
-
-
-def deflate(path, padding=0):
-    """Write a file again in the deflated transfer syntax, with so many bytes of zeros added."""
-    dataset = pydicom.dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    if padding:
-        dataset.DataSetTrailingPadding = bytes(padding)
     dataset.save_as(path)
 
 
@@ -320,34 +311,6 @@ def test_compressed_pixels_cut_short_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     _, rejected = group_of(tmp_path)
     assert rejected == ["truncated_pixels"]
-
-
-def test_deflated_file_is_read(tmp_path):
-    volume = linear_volume()
-    for path in write_dicom_series(volume, np.eye(4), tmp_path):
-        deflate(path)
-    _, read = read_back(tmp_path)
-    np.testing.assert_array_equal(
-        np.sort(read.voxels_CXYZ[0], axis=None), np.sort(volume, axis=None)
-    )
-
-
-def test_deflated_file_is_not_inflated_beyond_the_limit(tmp_path, monkeypatch):
-    (path,) = write_dicom_series(linear_volume((4, 4, 1)), np.eye(4), tmp_path)
-    deflate(path, padding=10**7)
-    monkeypatch.setattr(_dicom_parse, "MAX_INFLATED_BYTES", 2**20)
-    with pytest.raises(RejectedScan, match="grows beyond") as caught:
-        DICOM.read_header(path, "x.dcm", SALT)
-    assert caught.value.reason == "too_large"
-
-
-def test_deflated_file_cut_short_is_named(tmp_path):
-    (path,) = write_dicom_series(linear_volume((40, 40, 1)), np.eye(4), tmp_path)
-    deflate(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RejectedScan) as caught:
-        DICOM.read_header(path, "x.dcm", SALT)
-    assert caught.value.reason == "truncated_pixels"
 
 
 def test_syntax_without_a_decoder_is_rejected(tmp_path):

@@ -13,7 +13,6 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from medssl.errors import RejectedScan
-from medssl.scans.formats import _dicom_parse
 from medssl.scans.formats.base import GroupingConfig
 from medssl.scans.formats.dicom import DicomFormat
 from medssl.scans.identity import Salt
@@ -357,26 +356,3 @@ def test_volumes_of_heads_may_show_a_face(
     headers = [DICOM.read_header(path, path.name, SALT) for path in paths]
     (group,) = DICOM.group(headers, GroupingConfig())
     assert ("may_show_face" in group.flags) == flagged
-
-
-def test_file_that_changes_while_it_is_read_is_rejected(tmp_path, monkeypatch):
-    path = write_image(tmp_path, GREY)
-    parse = _dicom_parse._parse_content
-
-    def grow(*arguments):
-        with path.open("ab") as file:
-            file.write(b"more")
-        return parse(*arguments)
-
-    monkeypatch.setattr(_dicom_parse, "_parse_content", grow)
-    with pytest.raises(RejectedScan, match="changed while it was read") as caught:
-        header_of(path)
-    assert caught.value.reason == "changed_while_read"
-
-
-def test_large_file_is_read_piece_by_piece_with_the_same_digest(tmp_path, monkeypatch):
-    path = write_image(tmp_path, RNG.integers(0, 999, (300, 400), np.uint16))
-    at_once = header_of(path)
-    monkeypatch.setattr(_dicom_parse, "WHOLE_FILE_BYTES", 100)
-    assert header_of(path) == at_once
-    assert read(path)[0].shape == (400, 300)
