@@ -58,8 +58,9 @@ def _stored(
     """Yield the stored values, (rows, columns) or (rows, columns, 3) RGB, without unused bits."""
     allocated, stored, high = facts["bits"]
     floating = any(tag_of(keyword) in parsed.dataset for keyword in FLOAT_PIXELS)
-    shift = 0 if parsed.syntax.is_compressed or floating else allocated - 1 - high
-    unused = allocated - stored
+    shift, unused = allocated - 1 - high, allocated - stored
+    # pydicom takes the lowest bits for the stored ones, which they are in nearly all files.
+    by_hand = shift != unused and not parsed.syntax.is_compressed and not floating
     options: dict[str, Any] = {
         "bits_stored": stored,
         "number_of_frames": facts["num_frames"],
@@ -69,14 +70,13 @@ def _stored(
         options["pixel_representation"] = facts["signed"]
     if facts["samples"] > 1:
         options["planar_configuration"] = facts["planar"]
-    by_hand = unused > 0 and shift != unused
     if by_hand:
         options["correct_unused_bits"] = False
     decoder = get_decoder(parsed.syntax)
     for pixels, properties in decoder.iter_array(parsed.dataset, indices=list(frames), **options):
         if facts["samples"] == 3 and str(properties["photometric_interpretation"]) != "RGB":
             raise RejectedScan("colour_unsupported", "the colours cannot be converted to RGB")
-        if by_hand and not parsed.syntax.is_compressed:
+        if by_hand:
             pixels = np.right_shift(np.left_shift(pixels, shift), unused)
         yield pixels
 

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats.base import GroupingConfig
@@ -107,12 +107,17 @@ def test_pixels_that_are_not_finite_are_rejected_when_read(tmp_path):
     assert caught.value.reason == "nan_voxels"
 
 
+@pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("signed", [True, False])
-def test_overlay_in_the_high_bits_is_masked(tmp_path, signed):
+def test_overlay_in_the_high_bits_is_masked(tmp_path, signed, compressed):
     values = np.array([[-2048, -1, 0, 2047]] if signed else [[0, 1, 2048, 4095]])
     garbage = np.array([[0xF000, 0x3000, 0x5000, 0x8000]])
     stored = ((values & 0xFFF) | garbage).astype(np.uint16)
     path = write_image(tmp_path, stored, BitsStored=12, HighBit=11, PixelRepresentation=int(signed))
+    if compressed:
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless)
+        dataset.save_as(path)
     assert read(path)[1].voxels_CXYZ[0, :, 0].tolist() == values[0].tolist()
 
 
