@@ -31,6 +31,7 @@ from medssl.executors.base import Executor, Guard, Loss
 from medssl.executors.local import Config as LocalConfig
 from medssl.scans.archives import Member, unpack
 from medssl.scans.files import FileToParse, FoundFile, Progress, find_files, lost_file, parse_file
+from medssl.scans.flags import Flag
 from medssl.scans.formats.base import GroupingConfig, Header, load_formats
 from medssl.scans.identity import Salt, private_folder
 from medssl.scans.index import INDEX_NAME, SUMMARY_NAME, Index
@@ -79,7 +80,7 @@ class IndexConfig(GroupingConfig):
     folder: Path
     patients: PatientsConfig | None = None
     exclude: tuple[str, ...] = ()
-    quarantine: tuple[str, ...] = ("burned_in_annotation",)
+    quarantine: tuple[Flag, ...] = ("burned_in_annotation",)
     limits: LimitsConfig = LimitsConfig()
     executor: Annotated[ComponentConfig, component(EXECUTORS)] = LocalConfig()
 
@@ -124,9 +125,9 @@ def build_index(config: IndexConfig, out: Path, progress: Progress | None = None
         salt = Salt.load_or_create(private / "salt")
         patients = PatientFinder(config.patients, salt)
         executor = EXECUTORS.build(config.executor)
-        sidecars = [ending for item in load_formats() for ending in item.sidecars]
+        read_together = [ending for item in load_formats() for ending in item.read_together]
         found = _told(find_files(config.folder, out, config.exclude), progress)
-        ledger.see(found, sidecars)
+        ledger.see(found, read_together)
         _remove_stale(ledger, private / _UNPACKED)
         _parse(ledger, salt, executor, config.limits, progress)
         if _unpack(ledger, executor, config.limits, progress):

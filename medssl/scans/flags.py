@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 FLAGS: dict[str, str] = {
     "alpha_dropped": "Its transparency channel was left out.",
@@ -15,7 +19,7 @@ FLAGS: dict[str, str] = {
     "fourth_axis_channels": "Its fourth axis is read as channels.",
     "fourth_axis_time": "Its fourth axis is read as time points.",
     "gantry_tilt_resampled": "The slices leaned and were straightened, as the config asked.",
-    "incomplete_series": "Fewer images than the series says it has; the stack itself is whole.",
+    "incomplete_series": "A file of its series could not be read; the stack itself is even.",
     "irregular_spacing_allowed": "Gaps between slices differ as much as the config allows.",
     "irregular_spacing_resampled": "Slices were interpolated to even gaps, as the config asked.",
     "label_intent": "The file says that its values are labels.",
@@ -38,6 +42,18 @@ SHOWS_IDENTITY = frozenset(
     {"burned_in_annotation", "burned_in_possible", "ultrasound_regions", "may_show_face"}
 )
 """Flags of scans by whose pixels a person may be recognised: these are never pictured."""
+
+
+def _known(flag: str) -> str:
+    if flag not in FLAGS:
+        near = difflib.get_close_matches(flag, FLAGS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no flag {flag!r}.{hint} There are: {', '.join(FLAGS)}")
+    return flag
+
+
+Flag = Annotated[str, AfterValidator(_known)]
+"""A flag in a config: a misspelt one would let through what it should hold back."""
 
 _WARNING = re.compile(r"dicom_warning(?:_([0-9a-f]{4})_([0-9a-f]{4}))?")
 

@@ -175,7 +175,7 @@ def _link(path: Path, folder: Path) -> frozenset[Path]:
     folder.mkdir()
     (folder / path.name).symlink_to(path.resolve())
     beside = set()
-    for ending in {ending for item in load_formats() for ending in item.sidecars}:
+    for ending in {ending for item in load_formats() for ending in item.read_together}:
         other = path.with_name(stem_of(path.name) + ending)
         if other.is_file() and other.name != path.name:
             (folder / other.name).symlink_to(other.resolve())

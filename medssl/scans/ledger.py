@@ -126,23 +126,24 @@ class Ledger:
 
     # --- files -----------------------------------------------------------------------------------
 
-    def see(self, files: Iterable[FoundFile], sidecars: Sequence[str]) -> Changes:
+    def see(self, files: Iterable[FoundFile], read_together: Sequence[str]) -> Changes:
         """Take in what was found on disk: forget files that are gone or have changed, add new ones.
 
         Args:
             files: all files below the root.
-            sidecars: endings of files whose change concerns the file of the same stem beside them.
+            read_together: endings of files that are read again when one of the same stem, beside
+                them, changes.
         """
         with ledger_errors():
             _note_seen(self._db, files)
-            for ending in sidecars:
+            for ending in read_together if self._knows_files() else ():
                 beside = self._db.execute(
                     "SELECT path FROM temp.changed WHERE substr(path, -?1) = ?2 "
-                    "UNION SELECT path FROM temp.fresh WHERE substr(path, -?1) = ?2",
+                    "UNION ALL SELECT path FROM temp.fresh WHERE substr(path, -?1) = ?2",
                     (len(ending), ending.encode()),
-                ).fetchall()
+                )
                 for (path,) in beside:
-                    self._parse_beside(path)
+                    self._parse_beside(path[: -len(ending)])
             touched = self._db.execute(
                 "DELETE FROM files WHERE archive IN (SELECT number FROM temp.changed)"
             ).rowcount
@@ -160,8 +161,10 @@ class Ledger:
             self._db.commit()
             return self._changes()
 
-    def _parse_beside(self, path: bytes) -> None:
-        stem = path[: path.rindex(b".")]
+    def _knows_files(self) -> bool:
+        return self._db.execute("SELECT 1 FROM files LIMIT 1").fetchone() is not None
+
+    def _parse_beside(self, stem: bytes) -> None:
         self._db.execute(  # "/" is the character after "."
             "UPDATE files SET format = NULL WHERE path > ? AND path < ? AND known = ''",
             (stem + b".", stem + b"/"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from medssl.config import Config
+from medssl.scans.flags import Flag
 from medssl.scans.formats.base import Dims
 
 
@@ -22,7 +23,7 @@ class SelectionConfig(Config):
     dims: tuple[Dims, ...] = ("2D", "3D")
     num_channels: int | None = 1
     modalities: tuple[str, ...] | None = None
-    without_flags: tuple[str, ...] = ()
+    without_flags: tuple[Flag, ...] = ()
 
     def keep(self, table: pd.DataFrame) -> pd.Series[bool]:
         """Return which rows of an index fit."""

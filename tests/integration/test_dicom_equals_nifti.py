@@ -63,8 +63,7 @@ def test_prepared_voxels_affine_and_spacing_are_equal(
     indices: tuple[Index, Index], tmp_path: Path, config: PreprocessingConfig
 ):
     from_nifti, from_dicom = (
-        (index, prepare(index, config, tmp_path / str(side)))
-        for side, index in enumerate(indices)
+        (index, prepare(index, config, tmp_path / str(side))) for side, index in enumerate(indices)
     )
     ours, theirs = by_folder(*from_nifti), by_folder(*from_dicom)
     assert set(ours) == set(theirs) == set(FOLDERS)
@@ -84,8 +83,7 @@ def test_whole_numbers_on_their_own_grid_are_equal_bit_for_bit(
 ):
     config = PreprocessingConfig(crop_foreground=False)
     prepared = [
-        (index, prepare(index, config, tmp_path / str(side)))
-        for side, index in enumerate(indices)
+        (index, prepare(index, config, tmp_path / str(side))) for side, index in enumerate(indices)
     ]
     for number in WHOLE:
         image, other = (

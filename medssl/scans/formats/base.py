@@ -90,7 +90,7 @@ class Header:
         format: name of the format, or "" when no format claims the file.
         reason: why the file cannot belong to a scan; "" when it may.
         patient_key, study_key, series_key: keys, or "" where the file names none.
-        digest: sha256 of the voxels and of all that decides how they are read.
+        digest: of the voxels and of all that decides how they are read.
         facts: what the format needs for grouping (JSON values).
     """
 
@@ -151,9 +151,9 @@ class ScanFormat(ABC):
     """
 
     name: str
-    sidecars: tuple[str, ...] = ()
-    """Endings of files that say more of the file of the same stem beside them: when one changes,
-    that file is read again."""
+    read_together: tuple[str, ...] = ()
+    """Endings of files that say something of each other, where they lie beside each other and have
+    the same stem: when one changes or comes, the others are read again."""
 
     @abstractmethod
     def claims(self, path: Path, head: bytes) -> bool:

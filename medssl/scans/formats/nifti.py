@@ -42,7 +42,8 @@ class NiftiFormat(ScanFormat):
     """
 
     name = "nifti"
-    sidecars = (SUFFIX, ".hdr")  # the latter tells an image of a pair from any other .img
+    # A header tells an image of a pair from any other .img.
+    read_together = (SUFFIX, ".hdr", ".img", ".nii", ".nii.gz")
 
     def claims(self, path: Path, head: bytes) -> bool:
         """See `ScanFormat.claims`: by name, by the magic word, or by the image it belongs to."""

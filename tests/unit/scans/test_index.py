@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.pipelines.index import describe, index_scans
 from medssl.scans import building
-from medssl.scans.building import IndexConfig, plan_index
+from medssl.scans.building import IndexConfig, build_index, plan_index
 from medssl.scans.files import FileToParse, parse_file
 from medssl.scans.formats import FORMATS
 from medssl.scans.formats.base import REASONS, GroupingConfig
@@ -384,3 +386,57 @@ def _read_or_reject(name, path):
     with contextlib.suppress(RejectedScan):
         volume = FORMATS.load(name)().read_voxels([path], {})
         assert np.isfinite(volume.affine).all()
+
+
+def test_sidecar_that_lay_there_first_is_known_as_one_when_its_image_comes(tmp_path):
+    root = tmp_path / "scans"
+    write_nifti(root / "b.nii.gz", seed=1)
+    (root / "a.json").write_text('{"Modality": "MR"}')
+    assert reasons(index_scans(root, tmp_path / "index")) == ["not_a_scan"]
+    write_nifti(root / "a.nii.gz", seed=2)
+    assert reasons(index_scans(root, tmp_path / "index")) == ["sidecar"]
+    (root / "a.nii.gz").unlink()
+    assert reasons(index_scans(root, tmp_path / "index")) == ["not_a_scan"]
+
+
+def test_second_process_on_one_index_is_refused(folder, tmp_path):
+    def again(stage, done, total):
+        if stage == "reading headers":
+            code = (
+                "import sys; from medssl.pipelines.index import index_scans; "
+                "index_scans(sys.argv[1], sys.argv[2])"
+            )
+            command = [sys.executable, "-c", code, str(folder), str(tmp_path / "index")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            messages.append(done.stderr)
+            raise KeyboardInterrupt
+
+    messages = []
+    with pytest.raises(KeyboardInterrupt):
+        index_scans(folder, tmp_path / "index", progress=again)
+    assert "another medssl process is building this index" in messages[0]
+
+
+def test_quarantine_is_what_the_config_says(tmp_path):
+    write_nifti(tmp_path / "scans" / "a.nii")
+    extra = {"BurnedInAnnotation": "YES"}
+    write_dicom_series(linear_volume(), np.eye(4), tmp_path / "scans" / "mr", extra=extra)
+    config = IndexConfig(folder=tmp_path / "scans")
+    assert reasons(build_index(config, tmp_path / "index")) == ["quarantined"]
+    open_to_all = config.model_copy(update={"quarantine": ()})
+    assert reasons(build_index(open_to_all, tmp_path / "index")) == []
+
+
+def test_misspelt_flag_in_a_config_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="no flag 'burned_in_anotation'. Did you mean 'burned_in_an"
+    ):
+        IndexConfig(folder=tmp_path, quarantine=("burned_in_anotation",))
+
+
+def test_series_that_lost_a_slice_at_its_end_is_flagged(tmp_path):
+    paths = write_dicom_series(linear_volume(), np.eye(4), tmp_path / "scans", seed=None)
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-60])
+    index = index_scans(tmp_path / "scans", tmp_path / "index")
+    assert "incomplete_series" in index.accepted["flags"][0]
+    assert index.accepted["shape"][0].tolist() == [8, 7, 5]
