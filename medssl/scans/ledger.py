@@ -22,7 +22,7 @@ from medssl.scans.files import FileToParse, FoundFile
 from medssl.scans.formats.base import Header
 
 LEDGER_NAME = "ledger.sqlite"
-VERSION = 2  # raise it when headers are read differently: everything is then parsed again
+VERSION = 3  # raise it when headers are read differently: everything is then parsed again
 _BATCH = 2000  # rows
 _WAIT_SECONDS = 30.0  # for another process that is writing
 

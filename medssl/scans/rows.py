@@ -10,8 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from medssl.scans.formats import FORMATS
-from medssl.scans.formats.base import REASONS, Group, GroupingConfig, Header
+from medssl.scans.formats.base import REASONS, Group, GroupingConfig, Header, load_formats
 from medssl.scans.geometry import orientation_of, spacing_of
 from medssl.scans.identity import Salt
 from medssl.scans.ledger import Ledger
@@ -71,6 +70,7 @@ class RowMaker:
         self._patients = patients
         self._grouping = grouping
         self._quarantine = frozenset(quarantine)
+        self._formats = {each.name: each for each in load_formats()}
 
     def make_all(self) -> None:
         """Make all rows anew.
@@ -101,7 +101,7 @@ class RowMaker:
         usable = [header for header in headers if not header.reason]
         reasons = sorted({header.reason for header in headers if header.reason})
         if usable:
-            for group in FORMATS.load(name)().group(usable, self._grouping):
+            for group in self._formats[name].group(usable, self._grouping):
                 if group.reason == "" and _INCOMPLETE & set(reasons):
                     known = {*group.flags, "incomplete_series"}
                     yield name, replace(group, flags=tuple(sorted(known)))

@@ -98,6 +98,8 @@ def _without_duplicates(stack: list[Header]) -> list[list[Header]]:
 
 
 def _has_duplicates(stack: list[Header]) -> bool:
+    if len(stack) == 1:
+        return False
     try:
         _stack_of(stack, GroupingConfig())
     except RejectedScan as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats._nifti_geometry import Affine, affine_of
@@ -64,7 +64,7 @@ class NiftiFormat(ScanFormat):
         with open_stream(path) as stream:
             layout = stream.layout
             affine, flags = _placed(layout)
-            digest = hashlib.sha256(repr((layout.dims, layout.shape, affine.tolist())).encode())
+            digest = blake3(repr((layout.dims, layout.shape, affine.tolist())).encode())
             look = _Look()
             for values in stream.values():
                 look.at(values)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pydicom
 
 from medssl.scans.formats._dicom_writer import write_series
 from samples import real_data
 
 FILES_A_FOLDER = 200
-_PLACEHOLDER = "1.2.826.0.1.3680043.8.498.{:012d}.{:06d}"
+_PLACEHOLDER = "1.2.826.0.1.3680043.8.498.1{:011d}.1{:06d}"  # of one length, with no leading 0
 
 
 def copy_real_slices(folder: Path, copies: int) -> list[Path]:
@@ -35,8 +36,6 @@ def copy_real_slices(folder: Path, copies: int) -> list[Path]:
 
 def write_headers_only(folder: Path, num_files: int, template_folder: Path) -> None:
     """Write DICOM files of a kilobyte, whose pixels are missing, in series of 200."""
-    import numpy as np
-
     (path,) = write_series(
         template_folder,
         np.zeros((4, 4, 1), np.int16),
