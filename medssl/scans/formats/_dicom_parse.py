@@ -41,7 +41,7 @@ _META_GROUP = 0x0002
 _PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _GE_PRIVATE = "1.2.840.113619.5.2"  # implicit, with the pixels' high byte first
 _META_TAGS = [0x00020002, 0x00020010]
-_LOGGERS = tuple(logging.getLogger(name) for name in ("pydicom", "highdicom"))
+_LOGGER = logging.getLogger("pydicom")
 _TAG = re.compile(r"\(\s*([0-9A-Fa-f]{4})\s*,\s*([0-9A-Fa-f]{4})\s*\)")
 
 
@@ -178,17 +178,16 @@ def _inflate(content: BinaryIO) -> io.BytesIO:
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Keep pydicom's and highdicom's own words, which may hold values, from getting out.
+    """Keep pydicom's own words, which may hold values, from getting out.
 
     Yields:
         Flags: after the block, one ``dicom_warning`` (with the tag, where one was named) a warning.
     """
     flags: list[str] = []
-    disabled = [logger.disabled for logger in _LOGGERS]
+    was_disabled = _LOGGER.disabled
     mode = pydicom_config.settings.reading_validation_mode
     try:
-        for logger in _LOGGERS:
-            logger.disabled = True
+        _LOGGER.disabled = True
         pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -198,5 +197,4 @@ def quiet() -> Iterator[list[str]]:
             flags.append("dicom_warning" + (f"_{tag[1]}_{tag[2]}".lower() if tag else ""))
     finally:
         pydicom_config.settings.reading_validation_mode = mode
-        for logger, was in zip(_LOGGERS, disabled, strict=True):
-            logger.disabled = was
+        _LOGGER.disabled = was_disabled

@@ -68,7 +68,7 @@ class NiftiFormat(ScanFormat):
             look = _Look()
             for values in stream.values():
                 look.at(values)
-                digest.update(values.data)
+                digest.update(values.data.cast("B"))
         sidecar = read_sidecar(path, salt)
         if layout.dtype.kind in "iu" and layout.scaling is None and look.largest > _EXACT:
             flags.append("beyond_float32")
