@@ -59,6 +59,11 @@ def is_archive(path: Path, head: bytes) -> bool:
     name = path.name.lower()
     if name.endswith((_ZIP_SUFFIX, *_TAR_SUFFIXES)):
         return True
+    if head[:2] == b"\x1f\x8b":
+        try:
+            head = zlib.decompressobj(wbits=31).decompress(head, _BLOCK)
+        except zlib.error:
+            return False
     return head[:4] == b"PK\x03\x04" or head[257:262] == b"ustar"
 
 
@@ -80,11 +85,12 @@ def unpack(archive: Path, target: Path, max_bytes: int) -> list[Member]:
     budget = _Budget(min(max_bytes, _FREE_GROWTH_BYTES + _MAX_GROWTH * archive.stat().st_size))
     try:
         try:
-            zipped = zipfile.is_zipfile(archive)
+            with archive.open("rb") as file:
+                zipped = file.read(2) == b"PK"  # a tar file may end in a zip
             source = _zip_members(archive) if zipped else _tar_members(archive)
             names = _Names()
             members = [
-                _write(draft, names, name, size, stream, budget, mtime_ns)
+                _write(draft, names, name, size, stream, budget, mtime_ns, zipped)
                 for name, size, mtime_ns, stream in source
             ]
         except _DAMAGED:
@@ -183,7 +189,9 @@ def _write(
     stream: IO[bytes] | None,
     budget: _Budget,
     mtime_ns: int,
+    alone: bool,
 ) -> Member:
+    """Write one member; where members are packed alone, a damaged one costs itself only."""
     budget.take_member(size)
     inside = names.inside(name)
     if stream is None:
@@ -192,8 +200,15 @@ def _write(
     written = 0
     descriptor = os.open(folder / place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as out:
-        while block := stream.read(_BLOCK):
-            budget.take_bytes(len(block))
-            written += len(block)
-            out.write(block)
+        try:
+            while block := stream.read(_BLOCK):
+                budget.take_bytes(len(block))
+                written += len(block)
+                out.write(block)
+        except _DAMAGED:
+            if not alone:
+                raise
+            (folder / place).unlink()
+            return Member(inside, "", 0, 0, "unreadable")
+    os.utime(folder / place, ns=(mtime_ns, mtime_ns))
     return Member(inside, place, written, mtime_ns)

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,11 @@ from medssl.scans.rows import INDEX_SCHEMA, RowMaker, summarize
 
 _ROWS_VERSION = 1
 """Raised when the same headers would give other rows: they are then grouped again."""
+
+_READERS = (
+    "nibabel", "pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg",
+    "python-gdcm",
+)  # fmt: skip
 
 _CHUNK = 16  # files sent to a worker at once
 _RECORD_FILES, _RECORD_SECONDS = 500, 2.0  # what a kill may cost
@@ -127,7 +133,7 @@ def build_index(config: IndexConfig, out: Path, progress: Progress | None = None
         executor = EXECUTORS.build(config.executor)
         read_together = [ending for item in load_formats() for ending in item.read_together]
         found = _told(find_files(config.folder, out, config.exclude), progress)
-        ledger.see(found, read_together)
+        ledger.see(found, read_together, _conditions(config.limits))
         _remove_stale(ledger, private / _UNPACKED)
         _parse(ledger, salt, executor, config.limits, progress)
         if _unpack(ledger, executor, config.limits, progress):
@@ -274,8 +280,25 @@ def _fingerprint(config: IndexConfig) -> str:
     return f"{_ROWS_VERSION}-{config.digest()}-{content}"
 
 
+def _conditions(limits: LimitsConfig) -> str:
+    """Return what decides, beside a file itself, whether it can be read."""
+    versions = {name: _version(name) for name in _READERS}
+    return json.dumps([limits.model_dump(), versions], sort_keys=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def _has_tables(out: Path) -> bool:
-    return (out / INDEX_NAME).is_file() and (out / SUMMARY_NAME).is_file()
+    """Return whether the tables are there and can be read."""
+    try:
+        return bool(Index.open(out).summary)
+    except DataError:
+        return False
 
 
 def _write_tables(ledger: Ledger, out: Path) -> None:

@@ -73,13 +73,13 @@ def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> It
     while folders or links:
         here = folders.popleft() if folders else links.popleft()
         inside = Path(root, here)
+        subfolders: list[tuple[str, bool]] = []
         try:
             status = inside.stat()
             if (status.st_dev, status.st_ino) in seen or (skip and inside.resolve() == skip):
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(inside) as entries:
-                subfolders = []
                 for entry in entries:
                     path = f"{here}/{entry.name}" if here else entry.name
                     if _is_folder(entry):
@@ -88,7 +88,6 @@ def find_files(root: Path, leave_out: Path | None, exclude: Sequence[str]) -> It
                         yield _look(entry, path, excluded)
         except OSError:  # a folder that cannot be entered gets a row: its files are not just missed
             yield FoundFile(here, 0, 0, "no_access")
-            continue
         for path, linked in sorted(subfolders):
             (links if linked else folders).append(path)
 

@@ -190,7 +190,8 @@ class Index:
         files = self._files(scan_key)
         changed = f"scan {scan_key}: its files changed after they were indexed. Run medssl index."
         try:
-            if tuple(path.stat().st_size for path in files.places) != files.sizes:
+            found = [path.stat() for path in files.places]
+            if tuple((each.st_size, each.st_mtime_ns) for each in found) != files.marks:
                 raise DataError(changed)
             volume = FORMATS.load(row["format"])().read_voxels(files.places, files.reading)
         except RejectedScan as error:

@@ -22,7 +22,16 @@ from medssl.scans.files import FileToParse, FoundFile
 from medssl.scans.formats.base import Header
 
 LEDGER_NAME = "ledger.sqlite"
-VERSION = 3  # raise it when headers are read differently: everything is then parsed again
+VERSION = 4  # raise it when headers are read differently: everything is then parsed again
+_PASSING = ("no_access", "changed_while_read")
+"""Reasons that the next look may find gone, although the file is the same."""
+
+_CONDITIONAL = (
+    "archive_unsafe", "out_of_memory", "reader_crashed", "too_slow", "unreadable",
+    "unsupported_transfer_syntax",
+)  # fmt: skip
+"""Reasons that other limits, or other versions of libraries, may lift."""
+
 _BATCH = 2000  # rows
 _WAIT_SECONDS = 30.0  # for another process that is writing
 
@@ -58,8 +67,16 @@ CREATE TABLE scans (
     reading TEXT NOT NULL       -- JSON: what reading the voxels needs beside the files
 );
 CREATE INDEX scans_by_digest ON scans (digest) WHERE status = 'accepted';
-CREATE TABLE places (scan INTEGER, position INTEGER, file INTEGER, PRIMARY KEY (scan, position))
-    WITHOUT ROWID;
+CREATE TABLE places (           -- of a scan's files, as they were when it was grouped
+    scan INTEGER,
+    position INTEGER,
+    file INTEGER,
+    path BLOB,
+    place TEXT,
+    size INTEGER,
+    mtime_ns INTEGER,
+    PRIMARY KEY (scan, position)
+) WITHOUT ROWID;
 """
 
 
@@ -96,7 +113,7 @@ class ScanFiles:
     """Where a scan's files are, in the order in which they are stacked."""
 
     places: tuple[Path, ...]
-    sizes: tuple[int, ...]
+    marks: tuple[tuple[int, int], ...]  # size and time of change in ns
     reading: Mapping[str, Any]
 
 
@@ -116,31 +133,35 @@ class Ledger:
         self._db = _open_or_begin(path, os.fsencode(self.root))
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
-
-    def commit(self) -> None:
-        """Make what was written last."""
+        """Close the file; what was not committed is forgotten."""
         with ledger_errors():
-            self._db.commit()
+            self._db.rollback()
+            # Readers of a folder that they may not write need a ledger of one file.
+            self._db.execute("PRAGMA journal_mode = DELETE")
+            self._db.close()
 
     # --- files -----------------------------------------------------------------------------------
 
-    def see(self, files: Iterable[FoundFile], read_together: Sequence[str]) -> Changes:
+    def see(
+        self, files: Iterable[FoundFile], read_together: Sequence[str], conditions: str
+    ) -> None:
         """Take in what was found on disk: forget files that are gone or have changed, add new ones.
 
         Args:
             files: all files below the root.
             read_together: endings of files that are read again when one of the same stem, beside
-                them, changes.
+                them, changes; in small letters.
+            conditions: what decides, beside a file itself, whether it can be read (limits, versions
+                of decoders). When they change, files that failed are read again.
         """
         with ledger_errors():
             _note_seen(self._db, files)
             for ending in read_together if self._knows_files() else ():
                 beside = self._db.execute(
-                    "SELECT path FROM temp.changed WHERE substr(path, -?1) = ?2 "
-                    "UNION ALL SELECT path FROM temp.fresh WHERE substr(path, -?1) = ?2",
-                    (len(ending), ending.encode()),
+                    "SELECT path FROM (SELECT path FROM temp.changed "
+                    "UNION ALL SELECT path FROM temp.fresh) "
+                    "WHERE lower(CAST(substr(path, -?) AS TEXT)) = ?",
+                    (len(ending), ending),
                 )
                 for (path,) in beside:
                     self._parse_beside(path[: -len(ending)])
@@ -156,10 +177,17 @@ class Ledger:
                 "  CASE known WHEN '' THEN NULL ELSE '' END, known, '' FROM temp.seen "
                 "WHERE path NOT IN (SELECT path FROM files)"
             ).rowcount
+            failed = [*_PASSING]
+            if self._fact("conditions") != conditions:
+                self._set("conditions", conditions)
+                failed += _CONDITIONAL
+            self._db.executemany(
+                "UPDATE files SET format = NULL WHERE known = '' AND reason = ?",
+                [(reason,) for reason in failed],
+            )
             if touched:
                 self._set("rows", None)
             self._db.commit()
-            return self._changes()
 
     def _knows_files(self) -> bool:
         return self._db.execute("SELECT 1 FROM files LIMIT 1").fetchone() is not None
@@ -169,13 +197,6 @@ class Ledger:
             "UPDATE files SET format = NULL WHERE path > ? AND path < ? AND known = ''",
             (stem + b".", stem + b"/"),
         )
-
-    def _changes(self) -> Changes:
-        files, size, excluded, todo = self._db.execute(
-            "SELECT count(*), coalesce(sum(CASE WHEN archive IS NULL THEN size ELSE 0 END), 0), "
-            "coalesce(sum(known = 'excluded'), 0), coalesce(sum(format IS NULL), 0) FROM files"
-        ).fetchone()
-        return Changes(files, size, excluded, todo)
 
     def num_to_parse(self) -> int:
         """Return how many files have no header yet."""
@@ -270,9 +291,15 @@ class Ledger:
                 yield from ([(row[0], _header(row))] for row in members)
 
     def begin_scans(self) -> None:
-        """Forget all scans; nothing is lost until `finish_scans`."""
-        self._db.execute("DELETE FROM scans")
-        self._db.execute("DELETE FROM places")
+        """Forget all scans; those that were there are lost with `finish_scans`, not before.
+
+        From now on until then the tables beside the ledger may be of either.
+        """
+        with ledger_errors():
+            self._set("rows", None)
+            self._db.commit()
+            self._db.execute("DELETE FROM scans")
+            self._db.execute("DELETE FROM places")
 
     def add_scan(
         self, entry: Mapping[str, Any], reading: Mapping[str, Any], files: Sequence[tuple[int, str]]
@@ -288,19 +315,21 @@ class Ledger:
                 ),
             ).lastrowid  # fmt: skip
             self._db.executemany(
-                "INSERT INTO places VALUES (?, ?, ?)",
+                "INSERT INTO places SELECT ?, ?, number, path, place, size, mtime_ns FROM files "
+                "WHERE number = ?",
                 [(number, position, file) for position, (file, _) in enumerate(files)],
             )
 
     def copies(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the accepted scans whose voxels an accepted scan with an earlier path has too."""
-        rows = self._db.execute(
-            "SELECT s.number, s.entry FROM scans s WHERE s.status = 'accepted' AND EXISTS ("
+        numbers = self._db.execute(
+            "SELECT s.number FROM scans s WHERE s.status = 'accepted' AND EXISTS ("
             "SELECT 1 FROM scans t WHERE t.status = 'accepted' AND t.digest = s.digest AND "
             "(t.first_path, t.number) < (s.first_path, s.number)) ORDER BY s.number"
-        ).fetchall()
-        for number, entry in rows:
-            yield number, json.loads(entry)
+        ).fetchall()  # all, before a first one is changed
+        for (number,) in numbers:
+            found = self._db.execute("SELECT entry FROM scans WHERE number = ?", (number,))
+            yield number, json.loads(found.fetchone()[0])
 
     def replace_scan(self, number: int, entry: Mapping[str, Any]) -> None:
         """Write another row for a scan."""
@@ -339,14 +368,17 @@ class Ledger:
     @property
     def rows_of(self) -> str | None:
         """What the rows were made by, or None when they have to be made again."""
-        value = self._db.execute("SELECT value FROM facts WHERE name = 'rows'").fetchone()
-        return value[0] if value else None
+        return self._fact("rows")
 
     def finish_scans(self, made_by: str) -> None:
         """Note that the rows are up to date."""
         with ledger_errors():
             self._set("rows", made_by)
             self._db.commit()
+
+    def _fact(self, name: str) -> str | None:
+        value: str | None = _fact(self._db, name)
+        return value
 
     def _set(self, name: str, value: str | None) -> None:
         if value is None:
@@ -411,12 +443,12 @@ def scan_files(private: Path, scan_key: str) -> ScanFiles | None:
             return None
         root = Path(os.fsdecode(_fact(db, "root")))
         rows = db.execute(
-            "SELECT path, place, size FROM places JOIN files ON files.number = places.file "
-            "WHERE scan = ? ORDER BY position",
+            "SELECT path, place, size, mtime_ns FROM places WHERE scan = ? ORDER BY position",
             (scan[0],),
         ).fetchall()
-    places = [private / place if place else root / os.fsdecode(path) for path, place, _ in rows]
-    return ScanFiles(tuple(places), tuple(size for *_, size in rows), json.loads(scan[1]))
+    places = [private / place if place else root / os.fsdecode(path) for path, place, *_ in rows]
+    marks = tuple((size, mtime_ns) for *_, size, mtime_ns in rows)
+    return ScanFiles(tuple(places), marks, json.loads(scan[1]))
 
 
 def names_of_scans(private: Path) -> Iterator[tuple[str, str, int]]:
@@ -442,7 +474,7 @@ def rejected_files(private: Path) -> Iterator[tuple[str, str, str]]:
     with _reading(private) as db:
         for path, key, reason in db.execute(
             "SELECT path, scan_key, scans.reason FROM scans "
-            "JOIN places ON places.scan = scans.number JOIN files ON files.number = places.file "
+            "JOIN places ON places.scan = scans.number "
             "WHERE status = 'rejected' ORDER BY scans.reason, path"
         ):
             yield os.fsdecode(path), key, reason
@@ -465,6 +497,10 @@ def _is_of(db: sqlite3.Connection, root: bytes) -> bool:
     """Return whether a ledger is of this version and folder; a damaged one is not."""
     try:
         return bool(_fact(db, "version") == VERSION and _fact(db, "root") == root)
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return False
+        raise  # locked, or the disk: no reason to throw it away
     except sqlite3.DatabaseError:
         return False
 
@@ -474,9 +510,10 @@ def _open_or_begin(path: Path, root: bytes) -> sqlite3.Connection:
         if path.exists():
             db = sqlite3.connect(path, timeout=_WAIT_SECONDS)
             if _is_of(db, root):
-                return db
+                return _for_writing(db)
             db.close()
-            path.unlink()
+            for ending in ("", "-journal", "-wal", "-shm"):
+                path.with_name(path.name + ending).unlink(missing_ok=True)
         draft = path.with_name(f".{path.name}.part")
         draft.unlink(missing_ok=True)
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -486,7 +523,13 @@ def _open_or_begin(path: Path, root: bytes) -> sqlite3.Connection:
         db.commit()
         db.close()
         draft.replace(path)
-        return sqlite3.connect(path, timeout=_WAIT_SECONDS)
+        return _for_writing(sqlite3.connect(path, timeout=_WAIT_SECONDS))
+
+
+def _for_writing(db: sqlite3.Connection) -> sqlite3.Connection:
+    """Let others read what was committed last while this process writes."""
+    db.execute("PRAGMA journal_mode = WAL")
+    return db
 
 
 @contextmanager
@@ -521,7 +564,10 @@ def ledger_errors() -> Iterator[None]:
             raise MachineError(
                 "the ledger of the index is held by another process. Wait until it ends."
             ) from None
-        raise
+        raise MachineError(
+            f"the ledger of the index cannot be used ({error.sqlite_errorname}). See that its "
+            "folder `private` is there and may be written."
+        ) from None
     except sqlite3.DatabaseError:
         raise MachineError(
             "the ledger of the index (private/ledger.sqlite) is damaged. Delete that file and run "

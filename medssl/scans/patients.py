@@ -60,7 +60,7 @@ class PatientFinder:
     def find(self, group: Group) -> tuple[str, tuple[str, ...]]:
         """Return the patient key ("" when the config should say but does not), and flags."""
         path = group.headers[0].path
-        named = self._named(group)
+        named = self._named(path, single=len(group.headers) == 1)
         if named is not None:
             return self._salt.key("patient", named), ()
         header_key = group.headers[0].patient_key
@@ -74,13 +74,20 @@ class PatientFinder:
         own = group.headers[0].study_key or path
         return self._salt.key("patient", f"unknown\x1f{own}"), ("patient_unknown",)
 
-    def _named(self, group: Group) -> str | None:
-        path = PurePosixPath(group.headers[0].path)
+    def are_several(self, group: Group) -> bool:
+        """Return whether the files of a group are of different patients."""
+        single = len(group.headers) == 1
+        named = {self._named(header.path, single=single) for header in group.headers}
+        if named == {None}:  # the config says nothing of them: the files themselves count
+            return len({header.patient_key for header in group.headers}) > 1
+        return len(named) > 1
+
+    def _named(self, path: str, *, single: bool) -> str | None:
         if self._pattern:
-            match = self._pattern.search(str(path))
+            match = self._pattern.search(path)
             return match[1] if match else None
         if self._table is not None:
-            for name in names_of(str(path), single=len(group.headers) == 1):
+            for name in names_of(path, single=single):
                 if name in self._table:
                     return self._table[name]
         return None

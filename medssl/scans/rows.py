@@ -39,11 +39,8 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-_INCOMPLETE = {
-    "changed_while_read", "no_access", "out_of_memory", "reader_crashed", "too_slow",
-    "truncated_pixels", "unreadable",
-}  # fmt: skip
-"""A file of a series that was rejected for one of these is missing from its scans."""
+_NO_SLICES = {"derived", "dicomdir", "localizer", "not_an_image", "secondary_capture"}
+"""Files of a series that were rejected for one of these are not missing from its scans."""
 
 
 class RowMaker:
@@ -102,7 +99,7 @@ class RowMaker:
         reasons = sorted({header.reason for header in headers if header.reason})
         if usable:
             for group in self._formats[name].group(usable, self._grouping):
-                if group.reason == "" and _INCOMPLETE & set(reasons):
+                if group.reason == "" and set(reasons) - _NO_SLICES:
                     known = {*group.flags, "incomplete_series"}
                     yield name, replace(group, flags=tuple(sorted(known)))
                 else:
@@ -153,7 +150,7 @@ class RowMaker:
         """Reject a scan of several patients, and one that may show who the patient is."""
         if group.reason:
             return group
-        if len({header.patient_key for header in group.headers}) > 1:
+        if self._patients.are_several(group):
             return replace(group, reason="mixed_patients")
         if self._quarantine & set(group.flags):
             return replace(group, reason="quarantined")

@@ -31,7 +31,7 @@ def test_the_smallest_configs_are_told_apart(tmp_path: Path):
 
 def test_overrides_reach_the_config(tmp_path: Path):
     path = write_config(tmp_path / "a.yaml", {"folder": "scans"})
-    assert load_any(path, ["num_workers=3"])[1].model_dump()["num_workers"] == 3
+    assert load_any(path, ["limits.seconds=3"])[1].model_dump()["limits"]["seconds"] == 3
 
 
 def test_a_mistake_is_explained_in_the_words_of_the_kind(tmp_path: Path):

@@ -162,3 +162,24 @@ def test_changed_archive_is_unpacked_again_and_a_removed_one_is_forgotten(tmp_pa
     (root / "a.zip").unlink()
     assert len(index_scans(root, tmp_path / "index", num_workers=0).accepted) == 1
     assert list((tmp_path / "index" / "private" / "unpacked").iterdir()) == []
+
+
+def test_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+    inner = write_zip(tmp_path / "inner.zip", {"a.txt": b"x"}).read_bytes()
+    path = write_tar(tmp_path / "a.tar", {"b.nii": b"y", "inner.zip": inner})
+    assert [m.name for m in unpack(path, tmp_path / "t", PLENTY)] == ["b.nii", "inner.zip"]
+
+
+def test_damaged_member_of_a_zip_costs_itself(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"a.nii": b"first" * 9, "b.nii": b"second" * 9})
+    path.write_bytes(path.read_bytes().replace(b"first", b"fIrst", 1))
+    members = unpack(path, tmp_path / "t", PLENTY)
+    assert [(member.name, member.reason) for member in members] == [
+        ("a.nii", "unreadable"), ("b.nii", ""),
+    ]  # fmt: skip
+    assert [file.name for file in (tmp_path / "t").iterdir()] == [members[1].place]
+
+
+def test_zipped_tar_without_its_suffix_is_found(tmp_path):
+    path = write_tar(tmp_path / "export", {"a.txt": b"x" * 900}, "w:gz")
+    assert is_archive(path, path.read_bytes()[:512])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.pipelines.index import describe, index_scans
 from medssl.scans import building
-from medssl.scans.building import IndexConfig, build_index, plan_index
-from medssl.scans.files import FileToParse, parse_file
+from medssl.scans.building import IndexConfig, LimitsConfig, build_index, plan_index
+from medssl.scans.files import FileToParse, lost_file, parse_file
 from medssl.scans.formats import FORMATS
 from medssl.scans.formats.base import REASONS, GroupingConfig
 from medssl.scans.identity import Salt
@@ -440,3 +441,106 @@ def test_series_that_lost_a_slice_at_its_end_is_flagged(tmp_path):
     index = index_scans(tmp_path / "scans", tmp_path / "index")
     assert "incomplete_series" in index.accepted["flags"][0]
     assert index.accepted["shape"][0].tolist() == [8, 7, 5]
+
+
+def test_table_is_made_again_after_a_kill_under_another_config(tmp_path, monkeypatch):
+    extra = {"BurnedInAnnotation": "YES"}
+    write_dicom_series(linear_volume(), np.eye(4), tmp_path / "scans" / "mr", extra=extra)
+    write_nifti(tmp_path / "scans" / "a.nii")
+    config = IndexConfig(folder=tmp_path / "scans")
+    build_index(config, tmp_path / "index")
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    wide = config.model_copy(update={"quarantine": ()})
+    with monkeypatch.context() as patch:
+        patch.setattr(building.Ledger, "finish_scans", kill)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(wide, tmp_path / "index")
+    assert reasons(build_index(config, tmp_path / "index")) == ["quarantined"]
+
+
+def test_key_of_an_unfinished_index_never_reads_another_file(folder, tmp_path, monkeypatch):
+    index = index_scans(folder, tmp_path / "index")
+    names = {path: key for key, path, _ in index.file_names()}
+    key, wanted = names["subject1_3.nii.gz"], read_scan(index, names["subject1_2.nii.gz"])
+    (folder / "subject1_3.nii.gz").unlink()
+    write_nifti(folder / "new.nii.gz", seed=9)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "RowMaker", kill)
+        with pytest.raises(KeyboardInterrupt):
+            index_scans(folder, tmp_path / "index")
+    unfinished = Index.open(tmp_path / "index")
+    with pytest.raises(DataError, match="not where they were indexed"):
+        read_scan(unfinished, key)
+    other = read_scan(unfinished, wanted.scan_key)
+    np.testing.assert_array_equal(other.voxels_CXYZ, wanted.voxels_CXYZ)
+
+
+def test_index_can_be_read_after_its_writer_was_killed(folder, tmp_path):
+    index = index_scans(folder, tmp_path / "index")
+    code = (
+        "import os, sys; from pathlib import Path; from medssl.scans.ledger import Ledger; "
+        "ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[2])); ledger.begin_scans(); "
+        "ledger._db.execute('DELETE FROM files'); os._exit(9)"
+    )
+    command = [sys.executable, "-c", code, str(index.folder / "private"), str(folder)]
+    assert subprocess.run(command, check=False).returncode == 9
+    read_scan(Index.open(index.folder), index.accepted["scan_key"][0])
+    assert plan_index(IndexConfig(folder=folder), index.folder).num_to_parse == 0
+    assert index_scans(folder, index.folder).digest == index.digest
+
+
+def test_file_overwritten_in_place_is_not_read_under_its_old_key(tmp_path):
+    path = write_nifti(tmp_path / "scans" / "a.nii", seed=1)
+    index = index_scans(tmp_path / "scans", tmp_path / "index")
+    write_nifti(path, seed=2)
+    with pytest.raises(DataError, match="its files changed after they were indexed"):
+        read_scan(index, index.accepted["scan_key"][0])
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "summary.json"])
+def test_damaged_table_is_made_again(folder, tmp_path, name):
+    index = index_scans(folder, tmp_path / "index")
+    whole = (index.folder / name).read_bytes()
+    (index.folder / name).write_bytes(b"broken")
+    index_scans(folder, tmp_path / "index")
+    assert (index.folder / name).read_bytes() == whole
+
+
+def test_file_that_took_too_long_is_read_again_with_other_limits(folder, tmp_path, monkeypatch):
+    def slow(salt, file):
+        return lost_file(file, "too_slow") if file.path.endswith(".gz") else parse_file(salt, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "parse_file", slow)
+        first = index_scans(folder, tmp_path / "index", num_workers=0)
+    assert reasons(first) == ["not_a_scan", *["too_slow"] * 4]
+    assert reasons(index_scans(folder, tmp_path / "index")) == reasons(first)
+    config = IndexConfig(folder=folder, limits=LimitsConfig(seconds=301))
+    assert reasons(build_index(config, tmp_path / "index")) == ["not_a_scan"]
+
+
+def test_pattern_that_names_two_patients_in_one_series_rejects_it(tmp_path):
+    paths = write_dicom_series(linear_volume(), np.eye(4), tmp_path / "scans" / "sub-A", seed=None)
+    (tmp_path / "scans" / "sub-B").mkdir()
+    paths[-1].rename(tmp_path / "scans" / "sub-B" / "x.dcm")
+    write_nifti(tmp_path / "scans" / "sub-C" / "a.nii")
+    rule = PatientsConfig(pattern=r"(sub-[^/]+)")
+    index = index_scans(tmp_path / "scans", tmp_path / "index", patients=rule)
+    assert reasons(index) == ["mixed_patients"]
+
+
+def test_pattern_overrules_what_dicom_files_say(tmp_path):
+    paths = write_dicom_series(linear_volume(), np.eye(4), tmp_path / "scans" / "sub-A", seed=None)
+    edit = pydicom.dcmread(paths[0])
+    edit.PatientID = "another"
+    edit.save_as(paths[0])
+    rule = PatientsConfig(pattern=r"(sub-[^/]+)")
+    index = index_scans(tmp_path / "scans", tmp_path / "index", patients=rule)
+    assert len(index.accepted) == 1
