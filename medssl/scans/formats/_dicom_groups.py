@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
+from medssl.scans.formats._dicom_interleaved import APART_WHEN_SHARED, parts_of_stack
 from medssl.scans.formats._stacking import ORIENTATION_TOLERANCE, Stack, stack_slices
 from medssl.scans.formats.base import MAX_VOXELS, Dims, Group, GroupingConfig, Header
 
 _ALWAYS_APART = ("modality", "channels", "echo", "temporal_position", "b_value")
-_APART_WHEN_DUPLICATE = ("image_type_key", "acquisition")
 _SPACING_TOLERANCE_MM = 1e-3
 
 
@@ -29,13 +29,15 @@ def group_headers(headers: Sequence[Header], config: GroupingConfig) -> list[Gro
 
 def _group_series(series_key: str, headers: list[Header], config: GroupingConfig) -> list[Group]:
     groups = []
-    unique: dict[str, Header] = {}
+    unique: dict[Hashable, Header] = {}
     copies = []
     for header in sorted(headers, key=lambda header: header.path):
-        if header.digest in unique:
+        # Blank slices of two time points are equal in their pixels, and no copies.
+        same = (header.digest, *map(header.facts.get, (*_ALWAYS_APART, *APART_WHEN_SHARED)))
+        if same in unique:
             copies.append(header)
         else:
-            unique[header.digest] = header
+            unique[same] = header
     if copies:
         groups.append(_rejected(f"{series_key}|copies", copies, "duplicate_file"))
     slices = []
@@ -45,7 +47,9 @@ def _group_series(series_key: str, headers: list[Header], config: GroupingConfig
         elif header.facts["kind"] == "frames":
             groups += _group_frames(series_key, header, config)
         else:
-            groups.append(_flat(f"{series_key}|{header.facts['instance_key']}", header))
+            # By its pixels too: an export may give one instance UID to all images.
+            own = f"{series_key}|{header.facts['instance_key']}|{header.digest}"
+            groups.append(_flat(own, header))
     return [*groups, *_group_slices(series_key, slices, config)]
 
 
@@ -57,7 +61,7 @@ def _group_slices(series_key: str, slices: list[Header], config: GroupingConfig)
     stacks = [
         part
         for _, stack in _split(slices, _facts(_ALWAYS_APART))
-        for part in _without_duplicates(stack)
+        for part in parts_of_stack(stack, config)
     ]
     volumes_exist = any(len(stack) > 1 for stack in stacks)
     groups = []
@@ -84,27 +88,6 @@ def _inconsistent(headers: list[Header]) -> str:
         return "mixed_orientation"
     frames = {header.facts["frame_key"] for header in headers}
     return "mixed_orientation" if len(frames) > 1 else ""
-
-
-def _without_duplicates(stack: list[Header]) -> list[list[Header]]:
-    """Separate a stack whose slices share places by what distinguishes them, if anything does."""
-    for field in _APART_WHEN_DUPLICATE:
-        if not _has_duplicates(stack):
-            break
-        parts = [part for _, part in _split(stack, _facts((field,)))]
-        if len(parts) > 1 and all(len(part) > 1 and not _has_duplicates(part) for part in parts):
-            return parts
-    return [stack]
-
-
-def _has_duplicates(stack: list[Header]) -> bool:
-    if len(stack) == 1:
-        return False
-    try:
-        _stack_of(stack, GroupingConfig())
-    except RejectedScan as error:
-        return error.reason == "duplicate_position"
-    return False
 
 
 def _stack_of(headers: list[Header], config: GroupingConfig) -> Stack:
@@ -187,8 +170,13 @@ def _stacked(
     return _group(
         identity, plane, shape if num_slices > 1 else shape[:2], stack.affine, calibrated,
         dims="3D" if num_slices > 1 else "2D",
-        reading=config.model_dump(mode="json") if stack.flags else {},
+        reading=_settings(config) if stack.flags else {},
     )  # fmt: skip
+
+
+def _settings(config: GroupingConfig) -> dict[str, Any]:
+    """Return what a config says of grouping; a config of more may name folders."""
+    return {name: getattr(config, name) for name in GroupingConfig.model_fields}
 
 
 def _flat(identity: str, header: Header) -> Group:
@@ -241,7 +229,7 @@ def _flags(headers: Iterable[Header], *more: str) -> tuple[str, ...]:
 
 
 def _identity(header: Header, number: int) -> str:
-    values = [header.facts[name] for name in (*_ALWAYS_APART, *_APART_WHEN_DUPLICATE)]
+    values = [header.facts[name] for name in (*_ALWAYS_APART, *APART_WHEN_SHARED)]
     return "|".join(map(str, [*values, number]))
 
 
