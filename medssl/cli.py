@@ -63,7 +63,7 @@ def study(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Run a whole study: index, prepare, pretrain, transfer, compare, report.
+    """Run a whole study: index, prepare, pretrain, transfer, compare, report.
 
     \b
     medssl study configs/studies/demo.yaml
@@ -92,7 +92,7 @@ def pretrain(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Pretrain a backbone on the scans of an index.
+    """Pretrain a backbone on the scans of an index.
 
     \b
     medssl pretrain configs/pretrain/rotation.yaml training.steps=2000 --out runs/rotation
@@ -122,7 +122,7 @@ def transfer(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Evaluate inits on downstream tasks and compare them.
+    """Evaluate inits on downstream tasks and compare them.
 
     \b
     medssl transfer configs/transfer/segmentation.yaml --dry-run
@@ -158,7 +158,7 @@ def index(
     config: Path, overrides: tuple[str, ...], out: Path | None, wants_audit: bool, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    r"""Index a folder of DICOM and NIfTI: a config file, or simply the folder.
+    """Index a folder of DICOM and NIfTI: a config file, or simply the folder.
 
     \b
     medssl index /archive/export
@@ -206,7 +206,7 @@ def _audit(index: Any, progress: Any) -> Path:
 )  # fmt: skip
 @_JSON
 def audit(index: Path, out: Path | None, max_scans: int, as_json: bool) -> None:
-    r"""Show what an index accepted and rejected, and why, on one page that needs no network.
+    """Show what an index accepted and rejected, and why, on one page that needs no network.
 
     \b
     medssl audit data/index --max-scans 500
@@ -226,7 +226,7 @@ def audit(index: Path, out: Path | None, max_scans: int, as_json: bool) -> None:
 )
 @_JSON
 def inspect(path: str, index_folder: Path | None, as_json: bool) -> None:
-    r"""Explain one file, one folder, or one scan of an index: accepted or not, and why.
+    """Explain one file, one folder, or one scan of an index: accepted or not, and why.
 
     \b
     medssl inspect /archive/export/series_12

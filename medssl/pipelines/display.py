@@ -66,15 +66,17 @@ class Display:
             return
         if self._bars is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
-            self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
+                self._tasks[stage] = self._bars.add_task(stage, total=total or None, note="")
+            self._bars.update(self._tasks[stage], completed=done, total=total or None, note=note)
             return
         now = time.monotonic()
         self._started.setdefault(stage, now)
         last, printed = self._printed.get(stage, (-_LINE_SECONDS, -1))
-        if printed == done or (done < total and now - last < _LINE_SECONDS):
+        is_last = bool(total) and done >= total
+        if printed == done or (not is_last and now - last < _LINE_SECONDS):
             return
         self._printed[stage] = (now, done)
         elapsed = now - self._started[stage]
-        text = f"{stage}: {done}/{total}, {elapsed:.0f} s"
+        count = f"{done}/{total}, " if total else f"{done}, " if done else ""
+        text = f"{stage}: {count}{elapsed:.0f} s"
         print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)  # noqa: T201

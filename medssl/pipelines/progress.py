@@ -9,7 +9,7 @@ class Progress(Protocol):
     """Receives how far a stage is."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Report ``done`` of ``total`` of a stage; ``note`` holds the latest figures."""
+        """Report ``done`` of ``total`` (0: not known) of a stage; ``note``: the latest figures."""
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
