@@ -69,7 +69,7 @@ def test_every_command_and_every_option_has_help(path: tuple[str, ...]):
     shown = invoke(*path, "--help")
     assert shown.exit_code == 0
     assert command.help
-    assert "\\b" not in shown
+    assert "\\b" not in shown.output
     first_sentence = str(command.help).strip("\b\n ").splitlines()[0]
     assert first_sentence in " ".join(shown.output.split())
     for parameter in command.params:
