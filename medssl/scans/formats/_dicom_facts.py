@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from medssl.errors import RejectedScan
 from medssl.scans.formats._dicom_flags import flags_of, may_show_face
 from medssl.scans.formats._dicom_frames import Frame, frames_of, parts_of, rescale_of
@@ -28,10 +30,12 @@ from medssl.scans.formats.base import check_size
 KEYWORDS = (
     "AcquisitionNumber", "BitsAllocated", "BitsStored", "BodyPartExamined",
     "BluePaletteColorLookupTableData", "BluePaletteColorLookupTableDescriptor",
-    "BurnedInAnnotation", "Columns", "DiffusionBValue", "DirectoryRecordSequence", "EchoNumbers",
-    "EchoTime", "FrameIncrementPointer", "FrameOfReferenceUID",
+    "BurnedInAnnotation", "Columns", "ConcatenationUID", "DiffusionBValue",
+    "DirectoryRecordSequence", "EchoNumbers", "EchoTime", "FrameIncrementPointer",
+    "FrameOfReferenceUID",
     "GreenPaletteColorLookupTableData", "GreenPaletteColorLookupTableDescriptor", "HighBit",
     "ImageOrientationPatient", "ImagePositionPatient", "ImageType", "ImagerPixelSpacing",
+    "InConcatenationTotalNumber",
     "LossyImageCompression", "Modality", "ModalityLUTSequence", "NumberOfFrames", "PatientID",
     "PerFrameFunctionalGroupsSequence", "PhotometricInterpretation", "PixelRepresentation",
     "PixelSpacing", "PlanarConfiguration", "PresentationLUTShape", "RecognizableVisualFeatures",
@@ -53,6 +57,8 @@ _TABLES = tuple(
     for kind, end in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
 )
 MAX_FRAMES = 2**16
+_MOST_BITS = 64
+_MOST_ROWS = 2**16 - 1
 READ_BY = (
     "kind", "rows", "columns", "num_frames", "samples", "rescale", "orientation", "position",
     "spacing_mm", "thickness_mm", "photometric", "inverted", "bits", "signed", "tables", "frames",
@@ -102,7 +108,7 @@ def _facts(parsed: Parsed, key: Callable[[str], str]) -> dict[str, Any]:
     if facts["kind"] == "frames":
         frames = frames_of(dataset, facts["num_frames"], modality)
         if len(frames) == 1:
-            facts.update(_lone_frame(frames[0]))
+            facts.update(_lone_frame(frames[0], key))
         else:
             facts["parts"] = [_part(frames, numbers, key) for numbers in parts_of(frames)]
             facts["frames"] = key(json.dumps([vars(frame) for frame in frames]))
@@ -122,11 +128,16 @@ def _pixel_facts(dataset: Any, modality: str) -> dict[str, Any]:
     high = integer(dataset, "HighBit", stored - 1)
     channels = _channels(dataset, photometric, samples)
     check_size(rows * columns)
+    if max(rows, columns) > _MOST_ROWS:
+        raise RejectedScan("unreadable", "more rows or columns than a file can state")
     if num_frames > MAX_FRAMES:
-        raise RejectedScan("too_large", f"{num_frames} frames, at most {MAX_FRAMES} are read")
+        raise RejectedScan("too_large", f"at most {MAX_FRAMES} frames are read")
     check_size(rows * columns * num_frames * channels)
     if allocated not in _BITS or not stored - 1 <= high < allocated or stored < 1:
-        raise RejectedScan("unreadable", f"{stored} bits stored in {allocated}, the last at {high}")
+        plausible = all(0 <= bits <= _MOST_BITS for bits in (allocated, stored, high))
+        found = f"{stored} bits stored in {allocated}, the last at {high}"
+        # A number beyond these is none of bits, and may be anybody's.
+        raise RejectedScan("unreadable", found if plausible else "an impossible number of bits")
     shape = text(dataset, "PresentationLUTShape").upper()
     inverted = photometric == "MONOCHROME1" or (shape == "INVERSE" and channels == 1)
     return {
@@ -191,7 +202,7 @@ def _plane_facts(dataset: Any, kind: str, modality: str, flags: list[str]) -> di
     }
 
 
-def _lone_frame(frame: Frame) -> dict[str, Any]:
+def _lone_frame(frame: Frame, key: Callable[[str], str]) -> dict[str, Any]:
     """Return the facts of a slice, for a file of functional groups that holds just one."""
     if frame.reason:
         raise RejectedScan(frame.reason)
@@ -203,13 +214,18 @@ def _lone_frame(frame: Frame) -> dict[str, Any]:
         "position": frame.position,
         "spacing_mm": frame.spacing_mm,
         "thickness_mm": frame.thickness_mm,
-        "echo": frame.apart,
+        "echo": key(frame.apart),
         "temporal_position": None,
         "b_value": None,
     }
 
 
 def _part(frames: list[Frame], numbers: list[int], key: Callable[[str], str]) -> dict[str, Any]:
+    """Return the facts of one stack of a file of frames."""
+    # The plane of the first frame of the stack, as when it is read.
+    orientation = np.array(frames[numbers[0]].orientation)
+    normal = np.cross(orientation[:3], orientation[3:])
+    numbers = sorted(numbers, key=lambda number: float(np.dot(frames[number].position, normal)))
     first = frames[numbers[0]]
     return {
         "frames": numbers,

@@ -31,7 +31,7 @@ _FRAME_TYPES = (
     "CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence",
     "XRay3DFrameTypeSequence",
 )  # fmt: skip
-_SPACING_DIGITS = 3  # mm; frames of other pixel sizes belong to another stack
+SPACING_TOLERANCE_MM = 1e-3  # frames of other pixel sizes belong to another stack
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def frames_of(dataset: Any, num_frames: int, modality: str) -> list[Frame]:
     """
     per_frame = items(dataset, "PerFrameFunctionalGroupsSequence")
     if len(per_frame) != num_frames:
-        raise RejectedScan(
-            "unreadable", f"{num_frames} frames have {len(per_frame)} functional groups"
-        )
+        raise RejectedScan("unreadable", "there are not as many functional groups as frames")
     shared = item(dataset, "SharedFunctionalGroupsSequence")
     return [_frame(dataset, groups, shared, modality) for groups in per_frame]
 
@@ -131,18 +129,22 @@ def parts_of(frames: list[Frame]) -> list[list[int]]:
     """Return the numbers of the frames of each stack: those that nothing but their place parts."""
     parts: dict[tuple[object, ...], list[int]] = {}
     directions: list[list[float]] = []
+    spacings: list[list[float]] = []
     for number_of_frame, frame in enumerate(frames):
-        spacing = tuple(round(value, _SPACING_DIGITS) for value in frame.spacing_mm)
-        which = _same_direction(directions, frame.orientation)
-        key = (which, spacing, frame.apart, frame.reason)
+        key = (
+            _which(directions, frame.orientation, ORIENTATION_TOLERANCE),
+            _which(spacings, frame.spacing_mm, SPACING_TOLERANCE_MM),
+            frame.apart,
+            frame.reason,
+        )
         parts.setdefault(key, []).append(number_of_frame)
     return list(parts.values())
 
 
-def _same_direction(directions: list[list[float]], orientation: list[float]) -> int:
-    """Return which of the known directions this is; a new one is added to them."""
-    for which, known in enumerate(directions):
-        if np.abs(np.subtract(known, orientation)).max() <= ORIENTATION_TOLERANCE:
+def _which(known: list[list[float]], values: list[float], tolerance: float) -> int:
+    """Return which of the known values these are; new ones are added to them."""
+    for which, others in enumerate(known):
+        if np.abs(np.subtract(others, values)).max() <= tolerance:
             return which
-    directions.append(orientation)
-    return len(directions) - 1
+    known.append(values)
+    return len(known) - 1

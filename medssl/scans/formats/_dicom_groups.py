@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.errors import RejectedScan
+from medssl.scans.formats._dicom_frames import SPACING_TOLERANCE_MM
 from medssl.scans.formats._dicom_interleaved import APART_WHEN_SHARED, parts_of_stack
 from medssl.scans.formats._stacking import ORIENTATION_TOLERANCE, Stack, stack_slices
 from medssl.scans.formats.base import MAX_VOXELS, Dims, Group, GroupingConfig, Header
 
 _ALWAYS_APART = ("modality", "channels", "echo", "temporal_position", "b_value")
-_SPACING_TOLERANCE_MM = 1e-3
 
 
 def group_headers(headers: Sequence[Header], config: GroupingConfig) -> list[Group]:
@@ -81,7 +81,7 @@ def _inconsistent(headers: list[Header]) -> str:
     if any((header.facts["rows"], header.facts["columns"]) != size for header in headers):
         return "mixed_size"
     spacings = np.array([header.facts["spacing_mm"] for header in headers])
-    if np.abs(spacings - spacings[0]).max() > _SPACING_TOLERANCE_MM:
+    if np.abs(spacings - spacings[0]).max() > SPACING_TOLERANCE_MM:
         return "mixed_size"
     orientations = np.array([header.facts["orientation"] for header in headers])
     if np.abs(orientations - orientations[0]).max() > ORIENTATION_TOLERANCE:

@@ -49,6 +49,8 @@ def kind_of(dataset: Any, sop_class: str) -> Kind:
         raise RejectedScan("dicomdir")
     if not sop_class and tag_of("Rows") not in dataset:
         raise RejectedScan("unreadable")
+    if not dataset or _IMAGE_STORAGE.startswith(sop_class or "-"):
+        raise RejectedScan("unreadable", "the file ends in its header")
     if not sop_class.startswith(_IMAGE_STORAGE) or sop_class.startswith(_NOT_IMAGES):
         raise RejectedScan("not_an_image")
     if sop_class == _SECONDARY_CAPTURE or sop_class.startswith(_SECONDARY_CAPTURE + "."):
@@ -59,10 +61,8 @@ def kind_of(dataset: Any, sop_class: str) -> Kind:
     if reason := reason_of_type(words(dataset, "ImageType")):
         raise RejectedScan(reason)
     if "Rows" not in dataset or "Columns" not in dataset:
-        named = UID(sop_class).name
-        raise RejectedScan(
-            "truncated_pixels" if named.endswith("Image Storage") else "not_an_image"
-        )
+        named = "Image Storage" in UID(sop_class).name
+        raise RejectedScan("truncated_pixels" if named else "not_an_image")
     return kind
 
 
@@ -83,6 +83,10 @@ def _frames_kind(dataset: Any, sop_class: str) -> Kind:
     num_frames = integer(dataset, "NumberOfFrames", 1)
     if sop_class in (_WHOLE_SLIDE, _ULTRASOUND_VOLUME):
         raise RejectedScan("multi_frame_unsupported")
+    if _is_part(dataset):
+        raise RejectedScan(
+            "multi_frame_unsupported", "one of several files into which the frames were divided"
+        )
     grouped = tag_of("PerFrameFunctionalGroupsSequence") in dataset
     if grouped and (sop_class in _OF_FRAMES or modality not in _CINES):
         return "frames"
@@ -90,13 +94,28 @@ def _frames_kind(dataset: Any, sop_class: str) -> Kind:
         raise RejectedScan("multi_frame_unsupported", "functional groups are missing")
     if num_frames <= 1:
         return "image" if modality in PROJECTIONS else "slice"
-    if modality not in _CINES or (modality == "NM" and not _over_time(dataset)):
+    if modality not in _CINES:
         raise RejectedScan("multi_frame_unsupported")
+    if not _over_time(dataset, modality):
+        raise RejectedScan("multi_frame_unsupported", "the frames do not follow each other in time")
     return "cine"
 
 
-def _over_time(dataset: Any) -> bool:
-    """Whether a nuclear medicine file counts its frames by time (not by detector or slice)."""
+def _is_part(dataset: Any) -> bool:
+    """Whether the frames go on in another file, as in the parts of a concatenation."""
+    total = integer(dataset, "InConcatenationTotalNumber", 0)
+    return total > 1 or (total != 1 and text(dataset, "ConcatenationUID") != "")
+
+
+def _over_time(dataset: Any, modality: str) -> bool:
+    """Whether the frames are counted by time, not by detector, slice or angle.
+
+    In nuclear medicine the file must say so, and count by nothing else; elsewhere it may say
+    nothing.
+    """
     pointer = dataset.get("FrameIncrementPointer")
     tags = [] if pointer is None else list(pointer) if hasattr(pointer, "__iter__") else [pointer]
-    return bool(tags) and all(int(tag) in _TIMES for tag in tags)
+    in_time = [int(tag) in _TIMES for tag in tags]
+    if modality == "NM":
+        return bool(tags) and all(in_time)
+    return not tags or any(in_time)

@@ -55,6 +55,7 @@ class Parsed:
         syntax: of the pixels; a deflated file's is the one it has when inflated.
         content: the (inflated) file, positioned at the pixel element when parsing stopped there.
         size: bytes of the content.
+        broken: it could not be parsed beyond what it belongs to.
     """
 
     dataset: Dataset
@@ -62,6 +63,12 @@ class Parsed:
     syntax: UID
     content: BinaryIO
     size: int
+    broken: bool = False
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether parsing came to the end of the file without meeting its pixels."""
+        return not self.broken and self.content.tell() >= self.size
 
     @property
     def big_endian(self) -> bool:
@@ -89,13 +96,16 @@ def open_unchanged(path: Path) -> Iterator[BinaryIO]:
             raise RejectedScan("changed_while_read", "the file changed while it was read")
 
 
-def parse(file: BinaryIO, tags: list[int], *, with_pixels: bool = False) -> Parsed:
+def parse(
+    file: BinaryIO, tags: list[int], *, with_pixels: bool = False, last_tag: int | None = None
+) -> Parsed:
     """Parse a file.
 
     Args:
         file: at its start, as `open_unchanged` gives it.
         tags: the elements wanted.
         with_pixels: go on to the end; else parsing stops before the pixels.
+        last_tag: or behind this element.
 
     Raises:
         RejectedScan: ``unreadable``, ``too_large``, or ``changed_while_read``.
@@ -107,7 +117,7 @@ def parse(file: BinaryIO, tags: list[int], *, with_pixels: bool = False) -> Pars
         if len(content.getbuffer()) != size:
             raise RejectedScan("changed_while_read", "the file became shorter while it was read")
     try:
-        return _parse_content(content, size, tags, with_pixels)
+        return _parse_content(content, size, tags, _stop(with_pixels, last_tag))
     except (RejectedScan, MemoryError):
         raise
     except Exception as error:
@@ -116,7 +126,7 @@ def parse(file: BinaryIO, tags: list[int], *, with_pixels: bool = False) -> Pars
         raise RejectedScan("unreadable", "not parsable as DICOM") from None
 
 
-def _parse_content(content: BinaryIO, size: int, tags: list[int], with_pixels: bool) -> Parsed:
+def _parse_content(content: BinaryIO, size: int, tags: list[int], stop: Any) -> Parsed:
     if content.read(_PREAMBLE_BYTES)[128:] != b"DICM":
         content.seek(0)
     meta = _read(content, False, True, _after_meta, _META_TAGS)
@@ -128,8 +138,10 @@ def _parse_content(content: BinaryIO, size: int, tags: list[int], with_pixels: b
         syntax = _guess_syntax(content)
     implicit = syntax in (ImplicitVRLittleEndian, _GE_PRIVATE)
     little = syntax != ExplicitVRBigEndian
-    dataset = _read(content, implicit, little, None if with_pixels else _at_pixels, tags)
-    sop_class = text(dataset, "SOPClassUID") or text(meta, "MediaStorageSOPClassUID")
+    dataset = _read(content, implicit, little, stop, tags)
+    sop_class, of_meta = text(dataset, "SOPClassUID"), text(meta, "MediaStorageSOPClassUID")
+    if of_meta.startswith(sop_class):  # absent, or cut short
+        sop_class = of_meta
     return Parsed(dataset, sop_class, syntax, content, size)
 
 
@@ -143,6 +155,12 @@ def _after_meta(tag: int, *_: object) -> bool:
 
 def _at_pixels(tag: int, *_: object) -> bool:
     return tag in _PIXEL_TAGS
+
+
+def _stop(with_pixels: bool, last_tag: int | None) -> Any:
+    if last_tag is not None:
+        return lambda tag, *_: tag > last_tag
+    return None if with_pixels else _at_pixels
 
 
 def _guess_syntax(content: BinaryIO) -> UID:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.encaps import generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
 
 from medssl.errors import RejectedScan
+from medssl.scans.formats._codestream import HEAD_BYTES, check_frames
 from medssl.scans.formats._dicom_parse import Parsed
 from medssl.scans.formats._dicom_tables import apply_modality_table, apply_palette
 from medssl.scans.formats._dicom_values import item, tag_of
@@ -72,12 +75,18 @@ def _stored(
         options["planar_configuration"] = facts["planar"]
     if by_hand:
         options["correct_unused_bits"] = False
+    if parsed.syntax.is_compressed:
+        # pydicom lays out what a decoder returns as the header says, whatever the frame says.
+        fragments = islice(generate_fragments(parsed.dataset.PixelData), 1, None)
+        check_frames((fragment[:HEAD_BYTES] for fragment in fragments), facts)
     decoder = get_decoder(parsed.syntax)
     for pixels, properties in decoder.iter_array(parsed.dataset, indices=list(frames), **options):
         if facts["samples"] == 3 and str(properties["photometric_interpretation"]) != "RGB":
             raise RejectedScan("colour_unsupported", "the colours cannot be converted to RGB")
         if by_hand:
             pixels = np.right_shift(np.left_shift(pixels, shift), unused)
+        if pixels.shape[:2] != (facts["rows"], facts["columns"]):
+            raise RejectedScan("unreadable", "a frame is not of the size its header says")
         yield pixels
 
 

@@ -54,7 +54,9 @@ def apply_modality_table(
     count, first, _ = _described(item["LUTDescriptor"].value, stored)
     table = _entries(item["LUTData"].value, True, big_endian)
     if len(table) < count:
-        raise RejectedScan("unreadable", f"the table has {len(table)} entries, says {count}")
+        raise RejectedScan(
+            "unreadable", f"the table has {len(table)} entries, not as many as it says"
+        )
     table = table[:count]
     return _look_up(table.min() + table.max() - table if inverted else table, stored, count, first)
 

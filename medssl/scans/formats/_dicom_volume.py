@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_volume(paths: Sequence[Path], reading: Mapping[str, Any]) -> Volume:
         return _stacked(cine, facts, [facts["position"]], GroupingConfig())
     voxels = _array(facts, len(paths))
     positions = []
-    for number, (slice_parsed, slice_facts) in enumerate(_chain((parsed, facts), opened)):
+    for number, (slice_parsed, slice_facts) in enumerate(chain([(parsed, facts)], opened)):
         if any(slice_facts[name] != facts[name] for name in ("rows", "columns", "channels")):
             raise RejectedScan("mixed_size", "the slices differ in size")
         (plane,) = decode_frames(slice_parsed, slice_facts, [0], [slice_facts["rescale"]])
@@ -75,11 +76,6 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Parsed, dict[str, Any]]]:
         with open_unchanged(path) as file:
             parsed = parse(file, [*TAGS, *PIXEL_TAGS], with_pixels=True)
         yield parsed, facts_of(parsed, lambda _: "")
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _array(facts: dict[str, Any], count: int) -> npt.NDArray[np.float32]:

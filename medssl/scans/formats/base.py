@@ -208,4 +208,4 @@ def check_size(num_voxels: int) -> None:
     if num_voxels <= 0:
         raise RejectedScan("nonfinite_geometry", "the image has no voxels")
     if num_voxels > MAX_VOXELS:
-        raise RejectedScan("too_large", f"{num_voxels} voxels, at most {MAX_VOXELS} are read")
+        raise RejectedScan("too_large", f"at most {MAX_VOXELS} voxels are read")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blake3 import blake3
 from pydicom.pixels.decoders.base import get_decoder
@@ -13,17 +14,24 @@ from pydicom.uid import UID
 
 from medssl.errors import RejectedScan
 from medssl.scans.formats import _dicom_groups
-from medssl.scans.formats._codestream import check_frames
+from medssl.scans.formats._codestream import check_frames, heads_of
 from medssl.scans.formats._dicom_facts import READ_BY, TAGS, facts_of, modality_of
 from medssl.scans.formats._dicom_parse import Parsed, open_unchanged, parse, quiet
 from medssl.scans.formats._dicom_pixels import over_float32
-from medssl.scans.formats._dicom_values import text
+from medssl.scans.formats._dicom_values import tag_of, text
 from medssl.scans.formats._dicom_volume import read_volume
 from medssl.scans.formats._pixel_bytes import find_pixel_bytes, peek_float_pixels, read_ranges
 from medssl.scans.formats.base import Group, GroupingConfig, Header, ScanFormat, Volume
 from medssl.scans.identity import Salt
 
 _FLOAT32_BITS = 24
+_OFFSET_BYTES = 4
+_ID_TAGS = [int(tag_of(keyword)) for keyword in
+            ("Modality", "PatientID", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID")
+]  # fmt: skip
+# What may be said of a file that ends in its header, for want of what would have come.
+_OF_LOST_VALUES = {"unreadable", "nonfinite_geometry", "no_orientation"}
+_SERIES_TAG = int(tag_of("SeriesInstanceUID"))
 
 
 class DicomFormat(ScanFormat):
@@ -32,23 +40,28 @@ class DicomFormat(ScanFormat):
     name = "dicom"
 
     def claims(self, path: Path, head: bytes) -> bool:
-        """See `ScanFormat.claims`: by the mark at byte 128, a group 8 start, or the name."""
+        """See `ScanFormat.claims`: by the mark at byte 128, the first element, or the name."""
         if head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
             return True
-        return head[:2] == b"\x08\x00" and head[2:4] in (b"\x00\x00", b"\x05\x00", b"\x08\x00")
+        return _starts_with_element(head)
 
     def read_header(self, path: Path, relative: str, salt: Salt) -> Header:
         """See `ScanFormat.read_header`."""
         digest, reason = "", ""
         with open_unchanged(path) as file, quiet() as flags:
-            parsed = parse(file, TAGS)
+            parsed = _parse(file)
             modality, patient, study, series = _identifiers(parsed)
+            broke_off = bool(series) and parsed.ended_early
             facts: dict[str, Any] = {"modality": modality, "flags": []}
             try:
+                if parsed.broken:
+                    raise RejectedScan("unreadable", "not parsable as DICOM")
                 facts = facts_of(parsed, lambda identifier: salt.key("file", identifier))
                 digest = _digest(parsed, facts)
             except RejectedScan as error:
                 reason = error.reason
+                if broke_off and reason in _OF_LOST_VALUES:
+                    reason = "truncated_pixels"
         facts["flags"] = sorted({*facts["flags"], *flags})
         return Header(
             path=relative,
@@ -71,6 +84,34 @@ class DicomFormat(ScanFormat):
             return read_volume(paths, reading)
 
 
+def _starts_with_element(head: bytes) -> bool:
+    """Say whether a file without the mark starts with an element of group 8 or of group 2."""
+    group, element, vr = head[:2], head[2:4], head[4:6]
+    if group == b"\x08\x00":
+        return element in (b"\x00\x00", b"\x05\x00", b"\x08\x00")
+    if group == b"\x00\x08":  # the high byte first: always with the kind of value
+        return element[:1] == b"\x00" and vr in (b"UL", b"CS", b"UI")
+    return group == b"\x02\x00" and element[1:] == b"\x00" and vr in (b"UL", b"OB", b"UI")
+
+
+def _parse(file: BinaryIO) -> Parsed:
+    """Parse a file; of one that breaks off, what says to which series it belongs.
+
+    Raises:
+        RejectedScan: ``unreadable`` when it does not say so.
+    """
+    try:
+        return parse(file, TAGS)
+    except RejectedScan as error:
+        if error.reason != "unreadable":
+            raise
+        file.seek(0)
+        parsed = parse(file, _ID_TAGS, last_tag=_SERIES_TAG)
+        if tag_of("SeriesInstanceUID") not in parsed.dataset:
+            raise
+        return replace(parsed, broken=True)
+
+
 def _identifiers(parsed: Parsed) -> tuple[str, str, str, str]:
     """Return modality, and the identifiers of patient, study and series ("" where absent)."""
     dataset = parsed.dataset
@@ -87,7 +128,8 @@ def _digest(parsed: Parsed, facts: dict[str, Any]) -> str:
     BLAKE3, the fastest of the strong digests: with others, reading a header is mostly hashing.
 
     Raises:
-        RejectedScan: ``unsupported_transfer_syntax``, ``truncated_pixels`` or ``too_large``.
+        RejectedScan: ``unsupported_transfer_syntax``, ``truncated_pixels``, ``unreadable`` or
+            ``too_large``.
     """
     compressed = _is_compressed(parsed.syntax)
     allocated, stored, _ = facts["bits"]
@@ -97,8 +139,9 @@ def _digest(parsed: Parsed, facts: dict[str, Any]) -> str:
     floating = peek_float_pixels(parsed.content, big_endian=parsed.big_endian)
     ranges = find_pixel_bytes(parsed.content, parsed.size, wanted, big_endian=parsed.big_endian)
     if compressed:
-        size = facts["rows"] * facts["columns"] * facts["samples"]
-        check_frames(parsed.content, ranges, size)
+        check_frames(heads_of(parsed.content, ranges[1:]), facts)  # the first: offset table
+        if 0 < ranges[0][1] // _OFFSET_BYTES < facts["num_frames"]:
+            raise RejectedScan("unreadable", "the offset table is shorter than the frames are many")
     read_by = [parsed.syntax, *(facts.get(name) for name in READ_BY)]
     digest = blake3(json.dumps(read_by).encode())
     wide = stored > _FLOAT32_BITS and not floating

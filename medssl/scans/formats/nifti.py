@@ -43,7 +43,7 @@ class NiftiFormat(ScanFormat):
 
     name = "nifti"
     # A header tells an image of a pair from any other .img.
-    read_together = (SUFFIX, ".hdr", ".img", ".nii", ".nii.gz")
+    read_together = (SUFFIX, ".hdr", ".hdr.gz", ".img", ".img.gz", ".nii", ".nii.gz")
 
     def claims(self, path: Path, head: bytes) -> bool:
         """See `ScanFormat.claims`: by name, by the magic word, or by the image it belongs to."""
