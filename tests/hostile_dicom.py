@@ -246,6 +246,34 @@ def single_slice(folder: Path) -> Outcome:
     return (Right((9, 8), linear(), dims="2D"),)
 
 
+def between_each_other(folder: Path) -> Outcome:
+    """Magnitude and phase, half a gap apart."""
+    half = OBLIQUE.copy()
+    half[:3, 3] += half[:3, 2] / 2
+    edit(series(folder / "m"), set_to(ImageType=["ORIGINAL", "PRIMARY", "M"]))
+    edit(series(folder / "p", affine=half), set_to(ImageType=["ORIGINAL", "PRIMARY", "P"]))
+    return (whole(), whole())
+
+
+def blank_ends(folder: Path) -> Outcome:
+    """Two time points whose last slices are both blank."""
+
+    def change(time: int) -> Callable[[Dataset], None]:
+        def multiplied(dataset: Dataset) -> None:
+            values = np.frombuffer(dataset.PixelData, np.int16) * time
+            set_to(TemporalPositionIdentifier=time, PixelData=values.tobytes())(dataset)
+
+        return multiplied
+
+    for time in (1, 2):
+        paths = series(folder / str(time))
+        edit(paths, change(time))
+        edit(paths[-1], set_to(PixelData=bytes(SHAPE[0] * SHAPE[1] * 2)))
+    seen = (OBLIQUE, (*SHAPE[:2], NUM - 1))
+    twice = linear(scale=2.0, atol=1.1, inside=seen)
+    return (Right(SHAPE, linear(inside=seen)), Right(SHAPE, twice))
+
+
 def copies_apart(**values: tuple[Any, Any]) -> Callable[[Path], Outcome]:
     """Return one series with two volumes at the same places, told apart by some tags."""
 
@@ -321,6 +349,8 @@ GEOMETRY_CASES = (
     Case("a series of one slice", single_slice),
     Case("echoes in one series", copies_apart(EchoTime=(3.5, 9.0), EchoNumbers=(1, 2))),
     Case("b-values in one series", copies_apart(DiffusionBValue=(0.0, 1000.0))),
+    Case("magnitude between phase", between_each_other),
+    Case("blank ends of two time points", blank_ends),
     Case("time points in one series", copies_apart(TemporalPositionIdentifier=(1, 2))),
     Case("two acquisitions at one place", copies_apart(AcquisitionNumber=(1, 2))),
     Case("one series UID for two volumes", same_uid_twice),

@@ -15,7 +15,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import UID, generate_uid
+from pydicom.uid import UID, RLELossless, generate_uid
 
 from hostile_outcomes import Case, Right, linear, pixels, rejected
 from hostile_pixels import coloured, image, real_slice
@@ -138,6 +138,22 @@ def two_stacks(folder: Path) -> Outcome:
     return (whole(), whole())
 
 
+def concatenated(folder: Path) -> Outcome:
+    """One volume, divided into two files."""
+    path = enhanced(folder, [(OBLIQUE, VALUES, {})])
+    dataset = dcmread(path)
+    groups, stored = list(dataset.PerFrameFunctionalGroupsSequence), dataset.pixel_array
+    path.unlink()
+    for number, part in enumerate((slice(0, 3), slice(3, NUM)), start=1):
+        dataset.PerFrameFunctionalGroupsSequence = Items(groups[part])
+        dataset.NumberOfFrames = len(groups[part])
+        dataset.PixelData = stored[part].tobytes()
+        set_to(ConcatenationUID="2.25.1", InConcatenationNumber=number,
+               InConcatenationTotalNumber=2, SOPInstanceUID=generate_uid())(dataset)  # fmt: skip
+        dataset.save_as(folder / f"{number}.dcm")
+    return (rejected("multi_frame_unsupported", 2),)
+
+
 def frame_gone(folder: Path) -> Outcome:
     def without_one(dataset: Dataset) -> None:
         del dataset.PerFrameFunctionalGroupsSequence[2]
@@ -221,6 +237,21 @@ def angiography(folder: Path) -> Outcome:
     cine(folder, "XA", "1.2.840.10008.5.1.4.1.1.12.1", movie(), PixelSpacing=None,
          ImagerPixelSpacing=[0.25, 0.5])  # fmt: skip
     return (Right((80, 64, 5), pixels(as_time(movie()), spacing_mm=(0.5, 0.25)), dims="2D+t"),)
+
+
+def rotating(folder: Path) -> Outcome:
+    """Frames by angle, not by time."""
+    cine(folder, "XA", "1.2.840.10008.5.1.4.1.1.12.1", movie(), FrameIncrementPointer=0x00181510)
+    return (rejected("multi_frame_unsupported"),)
+
+
+def cine_of_few_fragments(folder: Path) -> Outcome:
+    path = cine(folder, "US", "1.2.840.10008.5.1.4.1.1.3.1", movie())
+    dataset = dcmread(path)
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.NumberOfFrames = 9
+    dataset.save_as(path)
+    return (rejected("truncated_pixels"),)
 
 
 def cine_lying(folder: Path) -> Outcome:
@@ -318,6 +349,9 @@ FRAME_CASES = (
     ),
     Case("enhanced MR without one frame", frame_gone),
     Case("enhanced MR cut short", fewer_pixels),
+    Case("enhanced MR in two files", concatenated),
+    Case("angiography of a rotation", rotating),
+    Case("cine of fewer fragments than frames", cine_of_few_fragments),
     Case("enhanced MR without places", frames_without_places),
     Case("enhanced MR, more frames than groups", more_frames_than_groups),
     Case("ultrasound cine with regions", ultrasound),

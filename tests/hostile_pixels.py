@@ -27,7 +27,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from hostile_outcomes import Case, Check, Right, inverted, linear, pixels, same_as
+from hostile_outcomes import Case, Check, Right, inverted, linear, pixels, rejected, same_as
 from hostile_series import SHAPE, Outcome, edit, series, set_to, whole
 from samples import OBLIQUE, hippocampus, linear_volume, real_data, write_dicom_series
 
@@ -279,6 +279,20 @@ def rewritten(syntax: UID) -> Callable[[Path], Outcome]:
     return build
 
 
+def turned_frame(syntax: UID) -> Callable[[Path], Outcome]:
+    """Return slices whose frames are as wide as the header says they are high."""
+
+    def build(folder: Path) -> Outcome:
+        for path in series(folder, (64, 48, 4)):
+            dataset = dcmread(path)
+            dataset.compress(syntax, generate_instance_uid=False)
+            dataset.Rows, dataset.Columns = dataset.Columns, dataset.Rows
+            dataset.save_as(path)
+        return (rejected("unreadable", 4),)
+
+    return build
+
+
 PIXEL_CASES = (
     *(
         Case(f"{'signed' if signed else 'unsigned'} {bits} bits", number_type(bits, signed))
@@ -303,6 +317,8 @@ PIXEL_CASES = (
     Case("JPEG 2000 lossless", compressed(JPEG2000Lossless)),
     Case("JPEG 2000", compressed(JPEG2000, atol=400, j2k_psnr=[60])),
     Case("JPEG lossless", lossless_jpeg),
+    Case("JPEG 2000 with rows for columns", turned_frame(JPEG2000Lossless)),
+    Case("JPEG-LS with rows for columns", turned_frame(JPEGLSLossless)),
     Case("implicit little endian", rewritten(ImplicitVRLittleEndian)),
     Case("explicit big endian", rewritten(ExplicitVRBigEndian)),
     Case("deflated", rewritten(DeflatedExplicitVRLittleEndian)),

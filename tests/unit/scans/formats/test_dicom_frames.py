@@ -170,6 +170,57 @@ def test_stacks_of_two_orientations_become_two_scans(tmp_path):
     assert all(is_linear(DICOM.read_voxels([path], group.reading)) for group in groups)
 
 
+def write_tilting(folder):
+    """Frames in reverse, whose directions differ by what a scanner's rounding makes of them."""
+    frames = stack()
+    base = np.array(frames[0][0].PlaneOrientationSequence[0].ImageOrientationPatient, float)
+    normal = np.cross(base[:3], base[3:])
+    for number, (groups, _) in enumerate(frames):
+        row = base[:3] + 8e-4 * (number / 5 - 0.5) * normal
+        plane = groups.PlaneOrientationSequence[0]
+        plane.ImageOrientationPatient = rounded([*row, *base[3:]])
+    path = write_frames(folder, frames[::-1])
+    return path, RAS_FROM_LPS[:3, :3] @ rounded_plane(frames[0][0])[:3]
+
+
+def rounded_plane(groups):
+    return np.array(groups.PlaneOrientationSequence[0].ImageOrientationPatient, float)
+
+
+def test_volume_of_frames_gets_the_plane_of_its_first_slice_when_grouped_and_read(tmp_path):
+    path, row = write_tilting(tmp_path)
+    (group,) = groups_of(path)
+    read = DICOM.read_voxels([path], group.reading)
+    np.testing.assert_array_equal(group.affine, read.affine)
+    np.testing.assert_allclose(read.affine[:3, 0] / np.linalg.norm(read.affine[:3, 0]), row)
+
+
+def test_pixel_sizes_that_differ_by_rounding_are_one_stack(tmp_path):
+    frames = stack()
+    for number, (groups, _) in enumerate(frames):
+        groups.PixelMeasuresSequence[0].PixelSpacing = [0.99949 + 2e-5 * (number % 2), 1.0]
+    assert len(groups_of(write_frames(tmp_path, frames))) == 1
+
+
+def test_what_sets_a_lone_frame_apart_is_kept_as_a_key(tmp_path):
+    path = write_frames(tmp_path, stack(slices=[0], **content(StackID="DOE^JANE")))
+    assert "DOE" not in repr(DICOM.read_header(path, "x.dcm", SALT))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"ConcatenationUID": "1.2.3", "InConcatenationTotalNumber": 2}, "multi_frame_unsupported"),
+        ({"ConcatenationUID": "1.2.3"}, "multi_frame_unsupported"),
+        ({"InConcatenationTotalNumber": 3}, "multi_frame_unsupported"),
+        ({"ConcatenationUID": "1.2.3", "InConcatenationTotalNumber": 1}, ""),
+    ],
+)
+def test_part_of_a_concatenation_is_no_volume(tmp_path, values, reason):
+    path = write_frames(tmp_path, stack(), **values)
+    assert DICOM.read_header(path, "x.dcm", SALT).reason == reason
+
+
 def test_derived_frames_are_rejected_beside_the_originals(tmp_path):
     derived = frame_type("DERIVED", "PRIMARY", "DIFFUSION", "ADC")
     path = write_frames(tmp_path, [*stack(), *stack(scale=2, **derived)])

@@ -326,3 +326,7 @@ def test_file_that_changes_while_it_is_read_is_rejected(tmp_path, monkeypatch, n
     path = write_nifti(tmp_path / name, linear_volume())
     changing(monkeypatch, path, change)
     assert reason_of(path) == "changed_while_read"
+
+
+def test_halves_of_a_pair_are_read_together_when_zipped_too():
+    assert {".hdr", ".img", ".hdr.gz", ".img.gz"} <= set(NIFTI.read_together)
