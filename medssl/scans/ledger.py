@@ -22,7 +22,7 @@ from medssl.scans.files import FileToParse, FoundFile
 from medssl.scans.formats.base import Header
 
 LEDGER_NAME = "ledger.sqlite"
-VERSION = 4  # raise it when headers are read differently: everything is then parsed again
+VERSION = 5  # raise it when headers are read differently: everything is then parsed again
 _PASSING = ("no_access", "changed_while_read")
 """Reasons that the next look may find gone, although the file is the same."""
 
