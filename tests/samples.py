@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from medssl.scans.formats._dicom_writer import write_series
+from medssl.scans.index import Index
 
 DATA = Path(
     os.environ.get(
@@ -148,3 +149,9 @@ def write_dicom_series(
         shuffle=None if seed is None else np.random.default_rng(seed),
         extra=extra,
     )
+
+
+def reasons(index: Index) -> list[str]:
+    """Return the reason of every rejected row of an index, sorted."""
+    table = index.table
+    return sorted(table.loc[table["status"] == "rejected", "reason"])

@@ -36,7 +36,8 @@ from medssl.scans.flags import Flag
 from medssl.scans.formats.base import GroupingConfig, Header, load_formats
 from medssl.scans.identity import Salt, private_folder
 from medssl.scans.index import INDEX_NAME, SUMMARY_NAME, Index
-from medssl.scans.ledger import Changes, Ledger, changes_of
+from medssl.scans.ledger import Ledger
+from medssl.scans.ledger_reading import Changes, changes_of
 from medssl.scans.patients import PatientFinder, PatientsConfig
 from medssl.scans.rows import INDEX_SCHEMA, RowMaker, summarize
 

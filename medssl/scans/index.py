@@ -23,7 +23,7 @@ from medssl.errors import DataError, RejectedScan
 from medssl.scans.formats import FORMATS
 from medssl.scans.formats.base import REASONS, Volume
 from medssl.scans.identity import Salt
-from medssl.scans.ledger import ScanFiles, names_of_scans, scan_files
+from medssl.scans.ledger_reading import ScanFiles, names_of_scans, scan_files
 from medssl.scans.rows import INDEX_SCHEMA
 from medssl.scans.selection import SelectionConfig
 

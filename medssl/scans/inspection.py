@@ -23,7 +23,7 @@ from medssl.scans.formats.base import REASONS, Header, ScanFormat, load_formats
 from medssl.scans.header_words import words_of
 from medssl.scans.identity import Salt
 from medssl.scans.index import INDEX_NAME, Index
-from medssl.scans.ledger import rejected_files, scan_files
+from medssl.scans.ledger_reading import rejected_files, scan_files
 from medssl.scans.patients import stem_of
 
 REJECTED_NAME = "rejected.csv"

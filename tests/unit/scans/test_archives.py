@@ -13,7 +13,7 @@ from medssl.errors import RejectedScan
 from medssl.pipelines.index import index_scans
 from medssl.scans.archives import is_archive, unpack
 from medssl.scans.scan import read_scan
-from samples import linear_volume, rotation_affine, write_dicom_series, write_nifti
+from samples import linear_volume, reasons, rotation_affine, write_dicom_series, write_nifti
 
 PLENTY = 10**9
 
@@ -38,10 +38,6 @@ def refusal(path: Path, max_bytes: int = PLENTY) -> str:
     with pytest.raises(RejectedScan) as caught:
         unpack(path, path.parent / "target", max_bytes)
     return caught.value.reason
-
-
-def reasons(index) -> list[str]:
-    return sorted(index.table.loc[index.table["status"] == "rejected", "reason"])
 
 
 @pytest.mark.parametrize(
