@@ -92,8 +92,8 @@ def test_the_lock_is_complete() -> None:
                 wanted.append(found)
 
 
-def test_ray_is_no_part_of_the_lock() -> None:
-    assert "ray" not in locked()
+def test_decoders_under_the_gpl_are_no_part_of_the_lock() -> None:
+    assert "pylibjpeg-libjpeg" not in locked()
 
 
 @pytest.mark.parametrize(
