@@ -83,8 +83,8 @@ def test_worker_killed_in_the_middle_loses_nothing(scans: Path, local: Index, tm
 
     def kill_one(stage: str, done: int, total: int) -> None:
         if stage == "reading headers" and done == 20 and not killed:
-            found = psutil.process_iter(["name"])
-            workers = [each for each in found if each.info["name"].startswith("ray::Station")]
+            ours = psutil.Process().children(recursive=True)
+            workers = [each for each in ours if each.name().startswith("ray::Station")]
             killed.extend(process.pid for process in workers[:1])
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
