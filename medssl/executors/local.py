@@ -38,10 +38,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def auto_workers(num_items: int, worthwhile: int) -> int:
-    """Return a number of workers: none for few items, else one a core, at most 16."""
-    cores = available_cores()
-    return 0 if num_items < worthwhile or cores < 2 else min(cores, MAX_AUTO_WORKERS)
+def default_workers() -> int:
+    """Return how many workers there are where none say how many: one a core, at most 16."""
+    return min(available_cores(), MAX_AUTO_WORKERS)
 
 
 class LocalExecutor(Executor):
@@ -61,7 +60,7 @@ class LocalExecutor(Executor):
         config = config or Config()
         super().__init__(config)
         workers = config.num_workers
-        self.num_workers = min(available_cores(), MAX_AUTO_WORKERS) if workers is None else workers
+        self.num_workers = default_workers() if workers is None else workers
 
     def map(
         self,

@@ -21,7 +21,7 @@ from medssl.config import ComponentConfig
 from medssl.errors import MachineError
 from medssl.executors._outcomes import settle
 from medssl.executors.base import Executor, Guard, Loss
-from medssl.executors.local import MAX_AUTO_WORKERS, available_cores
+from medssl.executors.local import default_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -127,7 +127,7 @@ def _connect(ray: Any, config: Config) -> None:
     """Join the cluster at the address of a config, or start one on this machine."""
     settings: dict[str, Any] = {"address": config.address}
     if config.address is None:
-        workers = config.num_workers or min(available_cores(), MAX_AUTO_WORKERS)
+        workers = config.num_workers or default_workers()
         settings = {
             "address": "local",
             "num_cpus": math.ceil(workers * config.num_cpus),

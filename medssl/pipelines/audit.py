@@ -15,6 +15,7 @@ from medssl.randomness import numpy_generator
 from medssl.reports.audit import Tile, choose_scans, tile_of, write_audit
 from medssl.reports.audit_tables import Row
 from medssl.reports.montage import draw_scan
+from medssl.scans.files import LOSS_REASONS
 from medssl.scans.flags import SHOWS_IDENTITY
 from medssl.scans.formats.base import REASONS
 from medssl.scans.index import Index
@@ -23,11 +24,6 @@ from medssl.scans.inspection import write_rejected
 DEFAULT_MAX_SCANS = 200
 _GUARD = Guard(seconds=60, megabytes=4096)
 _MAX_WORKERS = 4  # each may hold a whole scan
-_REASON_OF: dict[Loss, str] = {
-    "too_slow": "too_slow",
-    "out_of_memory": "out_of_memory",
-    "died": "reader_crashed",
-}
 
 
 def run(
@@ -104,4 +100,4 @@ def _without_key(text: str, key: str) -> str:
 
 
 def _lost(row: Row, loss: Loss) -> Tile:
-    return tile_of(row, problem=f"It could not be drawn. {REASONS[_REASON_OF[loss]]}")
+    return tile_of(row, problem=f"It could not be drawn. {REASONS[LOSS_REASONS[loss]]}")

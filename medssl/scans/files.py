@@ -22,11 +22,12 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done, and of how much (0: not known)."""
 
 HEAD_BYTES = 512
-_LOSS_REASONS: dict[Loss, str] = {
+LOSS_REASONS: dict[Loss, str] = {
     "too_slow": "too_slow",
     "out_of_memory": "out_of_memory",
     "died": "reader_crashed",
 }
+"""The reason code of a file that cost its worker more than it may."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def parse_file(salt: Salt, file: FileToParse) -> Header:
 
 def lost_file(file: FileToParse, loss: Loss) -> Header:
     """Return the header of a file that cost its worker more than it may."""
-    return Header(file.path, "", _LOSS_REASONS[loss])
+    return Header(file.path, "", LOSS_REASONS[loss])
 
 
 @functools.cache

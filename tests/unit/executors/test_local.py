@@ -8,7 +8,7 @@ import pytest
 from medssl.errors import MachineError
 from medssl.executors import EXECUTORS
 from medssl.executors._window import AHEAD
-from medssl.executors.local import Config, LocalExecutor, auto_workers, available_cores
+from medssl.executors.local import Config, LocalExecutor, available_cores, default_workers
 
 
 def double(number):
@@ -161,8 +161,8 @@ def test_lack_of_memory_without_a_substitute_is_reported(num_workers):
         list(executor.map(use_no_memory, [7]))
 
 
-def test_few_items_are_not_worth_workers():
-    assert auto_workers(10, worthwhile=400) == 0
+def test_there_is_a_worker_a_core_and_at_most_sixteen():
+    assert 1 <= default_workers() <= min(16, available_cores())
 
 
 def test_registry_builds_the_local_executor():
