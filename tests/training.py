@@ -57,7 +57,7 @@ def pretext_task(name: str, dims: int) -> PretextTask:
 
 
 def tiny_backbone(dims: int, seed: int = 0) -> Backbone:
-    """Return the smallest residual network."""
+    """Return the smallest residual network, for images of one channel."""
     config = BACKBONES.config_class("monai")(
         depth=10, spatial_dims=dims, base_channels=8, stem_stride=1
     )

@@ -19,11 +19,13 @@ class SamplingConfig(Config):
             3D.
         plane: of 2D crops from 3D scans: sagittal, coronal or axial.
         min_foreground: least share of a crop that is not air.
+        num_sequences: co-registered sequences that every scan holds as channels.
     """
 
     crop_size: tuple[int, ...] = Field(min_length=2, max_length=3)
     plane: Plane | None = None
     min_foreground: float = Field(default=0.2, ge=0, le=1)
+    num_sequences: int = Field(default=1, ge=1)
 
     @property
     def spatial_dims(self) -> int:
@@ -37,6 +39,7 @@ class SamplingConfig(Config):
             crop_size=self.crop_size,
             plane=self.plane,
             min_foreground=self.min_foreground,
+            num_sequences=self.num_sequences,
         )
 
 

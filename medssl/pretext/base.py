@@ -14,15 +14,21 @@ A task that trains several heads at once keeps them in an ``nn.ModuleDict`` and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medssl.config import ComponentConfig
+from medssl.errors import ConfigError
 from medssl.models.backbones.base import Backbone
 from medssl.transforms.sampling import Sample, SampleRequest
+
+FOREGROUND_LEVEL = 0.05
+"""Intensity, of the prepared range [0, 1], above which a voxel or a mean is not air."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +66,33 @@ class PretextTask(ABC):
         spatial_dims: 2 or 3.
 
     Attributes:
+        supported_dims: numbers of spatial dimensions the task exists in.
+        min_sequences: fewest co-registered sequences of a scan that it can work with.
         primary_metric: the metric by which people judge the task.
         higher_is_better: its direction.
         chance_level: the primary metric of a network that knows nothing; ``None`` where the task
             reports its trivial baseline as a metric of its own.
+        trivial_metric: that metric's name, in the units of the primary metric; ``None`` where there
+            is a chance level.
         healthy_range: where the primary metric lies, on validation patients, when training goes
             well; above it a shortcut is likely, below it the task is stuck.
     """
 
+    supported_dims: ClassVar[tuple[int, ...]] = (2, 3)
+    min_sequences: ClassVar[int] = 1
     primary_metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    trivial_metric: ClassVar[str | None] = None
     chance_level: float | None
     healthy_range: tuple[float, float]
 
     def __init__(self, config: Any, spatial_dims: int) -> None:
+        if spatial_dims not in self.supported_dims:
+            wanted = " or ".join(f"{dims}D" for dims in self.supported_dims)
+            raise ConfigError(
+                f"pretext: {config.name} takes {wanted} crops, found {spatial_dims}D. "
+                "Give sampling.crop_size that many numbers, or choose another task."
+            )
         self.config: Any = config
         self.name: str = config.name
         self.spatial_dims = spatial_dims
@@ -81,6 +100,17 @@ class PretextTask(ABC):
     def request(self, base: SampleRequest) -> SampleRequest:
         """Return what the task needs of the sampler, starting from the configured crop."""
         return base
+
+    def in_channels(self, request: SampleRequest) -> int:
+        """Return the channels of the images that the backbone sees.
+
+        Fewer than the request's, where the task takes them apart (slices, sequences).
+        """
+        return request.in_channels
+
+    def contract(self) -> dict[str, Any]:
+        """Return further fields of the checkpoint's contract: the hash of a permutation set."""
+        return {}
 
     @abstractmethod
     def make_batch(self, images: Tensor, generator: torch.Generator) -> PretextBatch:
@@ -106,16 +136,88 @@ class PretextTask(ABC):
         """Return scalar metrics on the device: batch means, nothing that synchronises."""
 
     @abstractmethod
-    def panels(self, batch: PretextBatch, output: Any) -> list[list[Panel]]:
-        """Return rows of pictures that show a few puzzles of a batch and the answers given."""
+    def panels(self, batch: PretextBatch, output: Any | None) -> list[list[Panel]]:
+        """Return rows of pictures that show a few puzzles of a batch.
+
+        Args:
+            batch: the puzzles.
+            output: what the network answered; ``None``: the puzzles with their labels alone.
+        """
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> PretextBatch:
         """Make puzzles from what the sampler read; pretext tasks see images alone."""
         return self.make_batch(sample.images, generator)
 
+    def puzzles(self, sample: Sample, generator: torch.Generator) -> list[PretextBatch]:
+        """Return the puzzles to validate on: one batch of each kind that the task makes."""
+        return [self.batch_of(sample, generator)]
+
+    def baselines(self, batch: PretextBatch) -> dict[str, float]:
+        """Return how well answers do that need no network, as metrics of their own.
+
+        Asked once a run, on the fixed validation puzzles; it may work on the host and take seconds.
+        """
+        return {}
+
+    def confusion(self, output: Any, batch: PretextBatch) -> Tensor | None:
+        """Return how often each class was answered with each, (true, answered), on the device.
+
+        ``None`` for tasks that do not classify.
+        """
+        return None
+
+    def class_names(self) -> Sequence[str]:
+        """Return what people call the classes, in order; empty for tasks that do not classify."""
+        return ()
+
+
+class ClassificationTask(PretextTask):
+    """Base of the tasks whose puzzle is a choice of one class.
+
+    A puzzle that cannot be solved (a tile of air) is left out by a weight of zero in
+    ``batch.extras["weight"]``, (N,) float: shapes stay fixed, and nothing synchronises.
+
+    Attributes:
+        num_classes: set by the member.
+    """
+
+    primary_metric = "accuracy"
+    higher_is_better = True
+    num_classes: int
+
+    def loss(self, output: Tensor, batch: PretextBatch) -> Tensor:
+        weight = batch.extras.get("weight")
+        if weight is None:
+            return functional.cross_entropy(output.float(), batch.target)
+        each = functional.cross_entropy(output.float(), batch.target, reduction="none")
+        return (each * weight).sum() / weight.sum().clamp(min=1)
+
+    def metrics(self, output: Tensor, batch: PretextBatch) -> dict[str, Tensor]:
+        right = (output.detach().argmax(1) == batch.target).float()
+        weight = batch.extras.get("weight")
+        if weight is None:
+            return {"accuracy": right.mean()}
+        # A batch without a puzzle that counts gives 0 / 0 = NaN, which is passed over.
+        accuracy = (right * weight).sum() / weight.sum()
+        return {"accuracy": accuracy, "rejection_rate": 1 - weight.mean()}
+
+    def confusion(self, output: Tensor, batch: PretextBatch) -> Tensor:
+        weight = batch.extras.get("weight", torch.ones_like(batch.target, dtype=torch.float32))
+        true = functional.one_hot(batch.target, self.num_classes).float() * weight[:, None]
+        answered = functional.one_hot(output.detach().argmax(1), self.num_classes).float()
+        return true.T @ answered
+
+    def class_names(self) -> Sequence[str]:
+        return [str(number) for number in range(self.num_classes)]
+
 
 class PretextConfig(ComponentConfig):
     """Base of the configurations of pretext tasks."""
+
+
+def answer_title(names: Sequence[str], label: int, answer: int | None) -> str:
+    """Return a panel's title: the puzzle's class and, if there is an answer, what it was."""
+    return names[label] if answer is None else f"{names[label]}, answer {names[answer]}"
 
 
 def middle_slice(image_CS: Tensor) -> Tensor:

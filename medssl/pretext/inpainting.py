@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from medssl.models.backbones.base import Backbone
 from medssl.models.decoders import UNetDecoder
-from medssl.pretext.base import Panel, PretextBatch, PretextConfig, PretextTask, middle_slice
-
-_FOREGROUND_LEVEL = 0.05
-"""Mean of a block, of the prepared range [0, 1], above which the block is not air."""
+from medssl.pretext.base import (
+    FOREGROUND_LEVEL,
+    Panel,
+    PretextBatch,
+    PretextConfig,
+    PretextTask,
+    middle_slice,
+)
 
 _NUM_PANELS = 3
 
@@ -57,7 +61,7 @@ def block_mask(images: Tensor, block: int, ratio: float, generator: torch.Genera
     dims = images.ndim - 2
     pool = nn.functional.avg_pool2d if dims == 2 else nn.functional.avg_pool3d
     level = pool(images.mean(1, keepdim=True), block, stride=block, ceil_mode=True)
-    flat = (level > _FOREGROUND_LEVEL).flatten(1)
+    flat = (level > FOREGROUND_LEVEL).flatten(1)
     count = (flat.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     order = torch.rand(flat.shape, device=images.device, generator=generator) + flat
     rank = order.argsort(1, descending=True).argsort(1)
@@ -79,6 +83,7 @@ class Inpainting(PretextTask):
 
     primary_metric = "masked_l1"
     higher_is_better = False
+    trivial_metric = "mean_fill_l1"
 
     def __init__(self, config: Config, spatial_dims: int) -> None:
         super().__init__(config, spatial_dims)
@@ -125,15 +130,14 @@ class Inpainting(PretextTask):
             "mean_fill_l1": masked_mean(trivial, hidden).mean(),
         }
 
-    def panels(self, batch: PretextBatch, output: Tensor) -> list[list[Panel]]:
-        restored = torch.where(batch.extras["hidden"], output.float().clamp(0, 1), batch.target)
+    def panels(self, batch: PretextBatch, output: Tensor | None) -> list[list[Panel]]:
         rows = []
         for item in range(min(_NUM_PANELS, len(batch.target))):
-            rows.append(
-                [
-                    Panel(middle_slice(batch.target[item]), "image"),
-                    Panel(middle_slice(batch.inputs[item]), "puzzle"),
-                    Panel(middle_slice(restored[item]), "restored"),
-                ]
-            )
+            image, puzzle = batch.target[item], batch.inputs[item]
+            row = [Panel(middle_slice(image), "image"), Panel(middle_slice(puzzle), "puzzle")]
+            if output is not None:
+                restored = output[item].float().clamp(0, 1)
+                restored = torch.where(batch.extras["hidden"][item], restored, image)
+                row.append(Panel(middle_slice(restored), "restored"))
+            rows.append(row)
         return rows

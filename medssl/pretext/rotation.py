@@ -9,6 +9,7 @@ would give the answer away by its blur and corners.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations, product
 from typing import Literal
@@ -16,12 +17,18 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medssl.errors import ConfigError
 from medssl.models.backbones.base import Backbone
 from medssl.models.heads import PooledHead
-from medssl.pretext.base import Panel, PretextBatch, PretextConfig, PretextTask, middle_slice
+from medssl.pretext.base import (
+    ClassificationTask,
+    Panel,
+    PretextBatch,
+    PretextConfig,
+    answer_title,
+    middle_slice,
+)
 from medssl.transforms.sampling import SampleRequest
 
 _NUM_PANELS = 6
@@ -73,32 +80,29 @@ def rotate(images: Tensor, matrices: Tensor) -> Tensor:
     """Rotate each image of a batch by its own matrix, exactly and without synchronising.
 
     Args:
-        images: (B, C, X, Y[, Z]), all spatial sizes equal.
+        images: (B, C, X, Y[, Z]); axes that a matrix exchanges have equal sizes.
         matrices: (B, D, D) signed permutations.
 
     Returns:
         A new tensor of the same shape. Voxel ``p`` of the result is voxel ``M^-1 p`` of the
         image, coordinates counted from the centre.
     """
-    size = images.shape[2]
-    dims = images.ndim - 2
-    axis = 2 * torch.arange(size, device=images.device) - (size - 1)  # doubled, so it is whole
-    grid = torch.stack(torch.meshgrid(*[axis] * dims, indexing="ij")).reshape(dims, -1)
-    # Integer matmul is not implemented on CUDA; the einsum of small matrices is written out.
+    sizes = images.shape[2:]
+    # Doubled, so that coordinates from the centre are whole numbers.
+    axes = [2 * torch.arange(size, device=images.device) - (size - 1) for size in sizes]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(len(sizes), -1)
+    # Integer matmul is not implemented on CUDA; the product of small matrices is written out.
     inverse = matrices.transpose(1, 2).to(grid.dtype)  # orthogonal
     source = (inverse.unsqueeze(-1) * grid[None, None]).sum(2)
-    source = (source + size - 1).div(2, rounding_mode="floor")
-    strides = size ** torch.arange(dims - 1, -1, -1, device=images.device)
-    index = (source * strides[None, :, None]).sum(1)
+    index = torch.zeros_like(source[:, 0])
+    for axis, size in enumerate(sizes):
+        index = index * size + (source[:, axis] + size - 1).div(2, rounding_mode="floor")
     flat = images.reshape(images.shape[0], images.shape[1], -1)
     return flat.gather(2, index[:, None].expand_as(flat)).reshape(images.shape)
 
 
-class Rotation(PretextTask):
+class Rotation(ClassificationTask):
     """Predict the turn that was applied."""
-
-    primary_metric = "accuracy"
-    higher_is_better = True
 
     def __init__(self, config: Config, spatial_dims: int) -> None:
         super().__init__(config, spatial_dims)
@@ -122,16 +126,19 @@ class Rotation(PretextTask):
         self.healthy_range = (2 * self.chance_level, 0.99)
 
     def request(self, base: SampleRequest) -> SampleRequest:
-        """Ask for cubes of isotropic voxels that lie inside the scan.
+        """Ask for crops that lie inside the scan, of equal sides and spacings where they turn.
 
         A padded border, a side longer than another, or the blur of thick slices would each tell
         the turn without a look at the anatomy.
         """
-        if len(set(base.crop_size)) != 1:
+        in_plane = self.turns == "in_plane"
+        turning = base.crop_size[:2] if in_plane else base.crop_size
+        if len(set(turning)) != 1:
+            sides = "equal sides along X and Y" if in_plane else "equal sides"
             raise ConfigError(
-                f"sampling.crop_size: rotation needs equal sides, found {list(base.crop_size)}."
+                f"sampling.crop_size: rotation needs {sides}, found {list(base.crop_size)}."
             )
-        return replace(base, isotropic=True, allow_padding=False)
+        return replace(base, isotropic="in_plane" if in_plane else "all", allow_padding=False)
 
     def make_batch(self, images: Tensor, generator: torch.Generator) -> PretextBatch:
         num_images = images.shape[0]
@@ -161,21 +168,27 @@ class Rotation(PretextTask):
     def build_head(self, backbone: Backbone) -> nn.Module:
         return PooledHead(backbone.stages[-1].channels, self.num_classes, self.config.hidden)
 
-    def loss(self, output: Tensor, batch: PretextBatch) -> Tensor:
-        return functional.cross_entropy(output.float(), batch.target)
+    def class_names(self) -> Sequence[str]:
+        return [turn_name(matrix) for matrix in self.matrices]
 
-    def metrics(self, output: Tensor, batch: PretextBatch) -> dict[str, Tensor]:
-        return {"accuracy": (output.argmax(1) == batch.target).float().mean()}
-
-    def panels(self, batch: PretextBatch, output: Tensor) -> list[list[Panel]]:
-        answers = output.argmax(1).tolist()
+    def panels(self, batch: PretextBatch, output: Tensor | None) -> list[list[Panel]]:
+        names = self.class_names()
+        answers = [None] * len(batch.target) if output is None else output.argmax(1).tolist()
         row = []
-        for item in range(min(_NUM_PANELS, len(answers))):
-            label = int(batch.target[item])
+        for item in range(min(_NUM_PANELS, len(batch.target))):
             row.append(
                 Panel(
                     image_XY=middle_slice(batch.inputs[item]),
-                    title=f"turn {label}, answer {answers[item]}",
+                    title=answer_title(names, int(batch.target[item]), answers[item]),
                 )
             )
         return [row]
+
+
+def turn_name(matrix: Tensor) -> str:
+    """Return a turn by where it sends the axes: ``+X+Y`` is none, ``+Y-X`` a quarter turn."""
+    names = []
+    for column in matrix.T.tolist():
+        axis = next(axis for axis, value in enumerate(column) if value)
+        names.append(("+" if column[axis] > 0 else "-") + "XYZ"[axis])
+    return "".join(names)

@@ -11,9 +11,13 @@ from medssl.scans.store import Entry
 
 Plane = Literal["sagittal", "coronal", "axial"]
 
+Isotropy = Literal["none", "in_plane", "all"]
+
 AXES = ("X", "Y", "Z")
 ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The RAS voxel axis that a plane's slices are stacked along."""
+
+_ISOTROPY: tuple[Isotropy, ...] = ("none", "in_plane", "all")
 
 ISOTROPY_TOLERANCE = 0.01
 """Relative difference of voxel spacings up to which a turn by 90 degrees keeps the shape."""
@@ -31,7 +35,8 @@ class SampleRequest:
         num_neighbours: slices on each side that come as further channels (2D); at the scan's edge
             the last slice is repeated.
         num_sequences: co-registered sequences, one channel each.
-        isotropic: the voxel spacings along the crop's axes must be equal (within 1 %).
+        isotropic: which voxel spacings of the crop must be equal (within 1 %): ``none``, those of
+            the first two axes (``in_plane``), or ``all``.
         min_foreground: part of the crop, inside the scan, that must be foreground.
         allow_padding: pad scans smaller than the crop with zeros; otherwise refuse them.
         mask: name of the mask to deliver with the image.
@@ -42,7 +47,7 @@ class SampleRequest:
     plane: Plane | None = None
     num_neighbours: int = 0
     num_sequences: int = 1
-    isotropic: bool = False
+    isotropic: Isotropy = "none"
     min_foreground: float = 0.0
     allow_padding: bool = True
     mask: str | None = None
@@ -96,7 +101,7 @@ class SampleRequest:
             self,
             num_neighbours=max(self.num_neighbours, other.num_neighbours),
             num_sequences=max(self.num_sequences, other.num_sequences),
-            isotropic=self.isotropic or other.isotropic,
+            isotropic=max(self.isotropic, other.isotropic, key=_ISOTROPY.index),
             min_foreground=max(self.min_foreground, other.min_foreground),
             allow_padding=self.allow_padding and other.allow_padding,
             mask=self.mask or other.mask,
@@ -129,7 +134,9 @@ class SampleRequest:
                 "(preprocessing.spacing_mm)."
             )
         spacing = [entry.spacing_mm[axis] for axis in kept]
-        if self.isotropic and max(spacing) > min(spacing) * (1 + ISOTROPY_TOLERANCE):
+        if self.isotropic == "in_plane":
+            spacing = spacing[:2]
+        if self.isotropic != "none" and max(spacing) > min(spacing) * (1 + ISOTROPY_TOLERANCE):
             found = " x ".join(f"{mm:.2f}" for mm in spacing)
             raise DataError(
                 f"{scan} has voxels of {found} mm, the task needs equal spacings (within 1 %). "

@@ -40,12 +40,14 @@ class Sample:
         masks: (B, *S) int64, or None when the request names no mask.
         scan_keys: the scan of each crop.
         rejected: crops thrown away for too little foreground while this batch was made.
+        step: number of the batch in its stream.
     """
 
     images: Tensor
     masks: Tensor | None
     scan_keys: list[str] = field(default_factory=list)
     rejected: int = 0
+    step: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sample:
         """Return the batch on a device."""
@@ -133,6 +135,7 @@ class CropSampler:
             None if masks is None else torch.from_numpy(masks),
             keys,
             rejected,
+            step,
         )
 
     def as_dataset(self, start: int, stop: int, size: int) -> Dataset[Sample]:

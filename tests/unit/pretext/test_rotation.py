@@ -160,14 +160,28 @@ def test_a_crop_with_unequal_sides_is_refused(dims, crop_size):
     base = SampleRequest(dims, crop_size, "axial" if dims == 2 else None)
     with pytest.raises(ConfigError) as refused:
         Rotation(Config(), dims).request(base)
+    sides = "equal sides along X and Y" if dims == 2 else "equal sides"
     assert str(refused.value) == (
-        f"sampling.crop_size: rotation needs equal sides, found {list(crop_size)}."
+        f"sampling.crop_size: rotation needs {sides}, found {list(crop_size)}."
     )
+
+
+def test_turns_in_the_plane_ask_for_squares_of_any_depth_alone():
+    request = Rotation(Config(turns="in_plane"), 3).request(SampleRequest(3, (16, 16, 5)))
+    assert request.isotropic == "in_plane"
+    assert request.crop_size == (16, 16, 5)
+
+
+def test_a_volume_of_another_depth_is_turned_in_its_plane():
+    image = torch.arange(5.0 * 5 * 3).reshape(1, 1, 5, 5, 3)
+    turned = rotate(image, rotation_matrices(3, "in_plane")[[1]])
+    turns = [torch.rot90(image, k, (2, 3)) for k in (1, 3)]
+    assert any(torch.equal(turned, expected) for expected in turns)
 
 
 def test_rotation_asks_for_isotropic_voxels_inside_the_scan():
     request = Rotation(Config(), 3).request(SampleRequest(3, (16, 16, 16)))
-    assert request.isotropic
+    assert request.isotropic == "all"
     assert not request.allow_padding
 
 

@@ -51,11 +51,11 @@ def test_a_request_that_makes_no_sense_is_refused(arguments, message) -> None:
 
 
 def test_merging_asks_for_what_both_need() -> None:
-    one = SampleRequest(2, (8, 8), "axial", num_neighbours=1, min_foreground=0.2, isotropic=True)
+    one = SampleRequest(2, (8, 8), "axial", num_neighbours=1, min_foreground=0.2, isotropic="all")
     two = SampleRequest(2, (8, 8), "axial", min_foreground=0.5, allow_padding=False, mask="organ")
     merged = one.merge(two)
     assert merged == SampleRequest(
-        2, (8, 8), "axial", num_neighbours=1, min_foreground=0.5, isotropic=True,
+        2, (8, 8), "axial", num_neighbours=1, min_foreground=0.5, isotropic="all",
         allow_padding=False, mask="organ",
     )  # fmt: skip
     assert merged == two.merge(one)
@@ -85,10 +85,11 @@ def test_a_scan_smaller_than_the_crop_is_refused_without_padding(flat_voxels: En
 
 def test_unequal_spacings_are_refused_where_the_task_turns(flat_voxels: Entry) -> None:
     with pytest.raises(DataError, match=r"voxels of 1\.00 x 3\.00 mm, the task needs equal"):
-        SampleRequest(2, (8, 8), "sagittal", isotropic=True).check(flat_voxels)
+        SampleRequest(2, (8, 8), "sagittal", isotropic="all").check(flat_voxels)
     with pytest.raises(DataError, match=r"voxels of 1\.00 x 1\.00 x 3\.00 mm"):
-        SampleRequest(3, (8, 8, 8), isotropic=True).check(flat_voxels)
-    SampleRequest(2, (8, 8), "axial", isotropic=True).check(flat_voxels)
+        SampleRequest(3, (8, 8, 8), isotropic="all").check(flat_voxels)
+    SampleRequest(2, (8, 8), "axial", isotropic="all").check(flat_voxels)
+    SampleRequest(3, (8, 8, 8), isotropic="in_plane").check(flat_voxels)
 
 
 def test_slices_of_a_volume_need_a_plane(flat_voxels: Entry) -> None:
