@@ -95,7 +95,7 @@ def pretrain(
     """Pretrain a backbone on the scans of an index.
 
     \b
-    medssl pretrain configs/pretrain/rotation.yaml training.steps=2000 --out runs/rotation
+    medssl pretrain configs/pretrain/rotation_3d.yaml training.steps=2000 --out runs/rotation
     """
     from medssl.config import load_config
     from medssl.pipelines import pretrain as pipeline
@@ -465,6 +465,106 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{mark}  {finding.subject}: {finding.text}")
     if any(finding.level == "problem" for finding in findings):
         sys.exit(4)
+
+
+@cli.command()
+@click.argument("run", metavar="RUN_FOLDER", type=_PATH)
+@_out("Where to write. Default: gallery, inside the run folder.")
+@click.option(
+    "--k", type=click.IntRange(min=1), default=10, show_default=True,
+    help="Neighbours that are counted.",
+)  # fmt: skip
+@_JSON
+def gallery(run: Path, out: Path | None, k: int, as_json: bool) -> None:
+    """Show which patches of other patients each init finds alike, and count the right ones.
+
+    \b
+    medssl gallery runs/demo
+    """
+    from medssl.pipelines import gallery as pipeline
+
+    with _progress(as_json) as progress:
+        found = pipeline.run(run, out, k=k, progress=progress)
+    if as_json:
+        _print({"gallery": str(found.folder), **found.facts}, as_json)
+        return
+    for line in pipeline.describe(found):
+        click.echo(line)
+    pictures = found.facts["pictures_of_patients"]
+    note = " (shows pixels of patients: keep it where the scans are)" if pictures else ""
+    click.echo(f"Gallery: {found.folder}{note}")
+
+
+@cli.group()
+def pretext() -> None:
+    """Pretext tasks: see their puzzles, and how far shortcuts solve them."""
+
+
+@pretext.command("preview")
+@_CONFIG
+@_OVERRIDES
+@_out("Folder for one PNG a task. Default: runs/preview.")
+@_DRY_RUN
+@_JSON
+def pretext_preview(
+    config: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool
+) -> None:
+    """Draw real puzzles of the pretext tasks of a config, with their labels.
+
+    \b
+    medssl pretext preview configs/pretrain/rotation_3d.yaml pretext.turns=axes
+    """
+    from medssl.pipelines import preview as pipeline
+
+    loaded, folder = pipeline.read_config(config, overrides), out or pipeline.DEFAULT_FOLDER
+    if dry_run:
+        _print(pipeline.plan(loaded, folder), as_json)
+        return
+    with _progress(as_json) as progress:
+        written = pipeline.run(loaded, folder, progress=progress)
+    _print({name: str(path) for name, path in written.items()}, as_json)
+    click.secho(
+        "These pictures show pixels of patients: keep them where the scans are.",
+        fg="yellow", bold=True, err=True,
+    )  # fmt: skip
+
+
+@pretext.command("audit")
+@_CONFIG
+@_OVERRIDES
+@_out("Folder for tables and figures. Default: runs/shortcuts.")
+@click.option(
+    "--steps", type=click.IntRange(min=1),
+    help="Steps of each probe. Default: those of the config, at most 200.",
+)  # fmt: skip
+@_DRY_RUN
+@_JSON
+def pretext_audit(
+    config: Path, overrides: tuple[str, ...], out: Path | None, steps: int | None, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure how much of a pretext task is solved by shortcuts alone.
+
+    The task is trained on border strips, silhouettes, means, thumbnails and constant scans.
+
+    \b
+    medssl pretext audit configs/pretrain/rotation_3d.yaml --steps 100
+    """
+    from medssl.pipelines import shortcuts as pipeline
+    from medssl.pipelines.preview import read_config
+
+    loaded, folder = read_config(config, overrides), out or pipeline.DEFAULT_FOLDER
+    if dry_run:
+        _print(pipeline.plan(loaded, folder, steps=steps), as_json)
+        return
+    with _progress(as_json) as progress:
+        audits = pipeline.run(loaded, folder, steps=steps, progress=progress)
+    if as_json:
+        _print({"out": str(folder), "audits": pipeline.facts_of(audits)}, as_json)
+        return
+    for line in pipeline.describe(audits):
+        click.echo(line)
+    click.echo(f"Tables and figures: {folder}")
 
 
 def main() -> NoReturn:

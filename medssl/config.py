@@ -74,10 +74,18 @@ class component:  # noqa: N801  (reads as a marker: Annotated[ComponentConfig, c
 
     ``rotation`` is short for ``{name: rotation}``. Use it as
     ``Annotated[ComponentConfig, component(REGISTRY)]``.
+
+    Args:
+        members: the registry.
+        without: members that this field does not take.
     """
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, without: Sequence[str] = ()) -> None:
         self._members = members
+        self._without = frozenset(without)
+
+    def _names(self) -> list[str]:
+        return [name for name in self._members.names() if name not in self._without]
 
     def __get_pydantic_core_schema__(
         self, _source: Any, _handler: GetCoreSchemaHandler
@@ -90,7 +98,7 @@ class component:  # noqa: N801  (reads as a marker: Annotated[ComponentConfig, c
     def __get_pydantic_json_schema__(
         self, _: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        names = self._members.names()
+        names = self._names()
         configs = [
             handler(self._members.config_class(name).__pydantic_core_schema__) for name in names
         ]
@@ -108,18 +116,18 @@ class component:  # noqa: N801  (reads as a marker: Annotated[ComponentConfig, c
             raise PydanticCustomError(
                 "component",
                 "give the {kind} as {name: …}; there are: {names}",
-                {"kind": members.kind, "names": ", ".join(members.names())},
+                {"kind": members.kind, "names": ", ".join(self._names())},
             )
         name = value["name"]
-        if name not in members.names():
+        if name not in self._names():
             raise PydanticCustomError(
                 "component_name",
                 "there is no {kind} {name}.{hint} There are: {names}",
                 {
                     "kind": members.kind,
                     "name": repr(name),
-                    "hint": _hint(name, members.names()),
-                    "names": ", ".join(members.names()),
+                    "hint": _hint(name, self._names()),
+                    "names": ", ".join(self._names()),
                 },
             )
         cls = members.config_class(name)

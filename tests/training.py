@@ -27,7 +27,21 @@ CROP = {2: (16, 16), 3: (12, 12, 12)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "rotation": {"name": "rotation", "views": 2},
     "inpainting": {"name": "inpainting", "block": 4},
+    "jigsaw": {"name": "jigsaw", "num_permutations": 10, "permutations_per_image": 3},
+    "relative_position": {"name": "relative_position", "neighbours": 4},
+    "slice_order": {"name": "slice_order", "step": 1},
+    "multi": {
+        "name": "multi",
+        "tasks": [{"name": "rotation", "views": 2}, {"name": "inpainting", "block": 4}],
+    },
 }
+EVERY_TASK = [
+    (name, dims)
+    for name in SETTINGS
+    for dims in (2, 3)
+    if dims in PRETEXT_TASKS.load(name).supported_dims
+]
+"""Tasks that scans of one sequence serve, and the dimensions they exist in."""
 
 
 def blobs(num_scans: int = 4, shape: tuple[int, int, int] = (20, 22, 18)) -> dict[str, np.ndarray]:

@@ -103,8 +103,10 @@ def estimate(
             seeds = _by_seed(part, patients)
             single = np.array([metric.compute(cell.targets, cell.scores) for cell in seeds])
             generator = numpy_generator(seed, "estimate", *map(str, names.values()), layer)
-            samples = _resample(metric, seeds, _draw(generator, num_resamples, len(patients)))
-            low, high = _interval(samples, len(patients), alpha)
+            samples = _resample(
+                metric, seeds, draw_resamples(generator, num_resamples, len(patients))
+            )
+            low, high = expanded_interval(samples, len(patients), alpha)
             rows.append(
                 {
                     **names,
@@ -223,9 +225,9 @@ def _compare_pair(
     sign = 1.0 if metric.higher_is_better else -1.0
     value = np.array([metric.compute(cell.targets, cell.scores) for cell in pair.theirs])
     base = np.array([metric.compute(cell.targets, cell.scores) for cell in pair.ours])
-    draws = _draw(generator, num_resamples, pair.num_patients)
+    draws = draw_resamples(generator, num_resamples, pair.num_patients)
     samples = sign * (_resample(metric, pair.theirs, draws) - _resample(metric, pair.ours, draws))
-    low, high = _interval(samples, pair.num_patients, alpha)
+    low, high = expanded_interval(samples, pair.num_patients, alpha)
     effects = sign * (value - base)
     return {
         "num_labelled_patients": pair.num_labelled,
@@ -327,7 +329,7 @@ def _by_seed(part: pd.DataFrame, patients: np.ndarray) -> list[_Seed]:
     return cells
 
 
-def _draw(generator: np.random.Generator, num_resamples: int, num_patients: int) -> Array:
+def draw_resamples(generator: np.random.Generator, num_resamples: int, num_patients: int) -> Array:
     """Return how often each patient is drawn in each resample, shape (R, P)."""
     chances = np.full(num_patients, 1 / num_patients)
     return generator.multinomial(num_patients, chances, size=num_resamples).astype(float)
@@ -344,7 +346,7 @@ def _resample(metric: Metric, seeds: list[_Seed], draws: Array) -> Array:
     return total / len(seeds)
 
 
-def _interval(samples: Array, num_patients: int, alpha: float) -> tuple[float, float]:
+def expanded_interval(samples: Array, num_patients: int, alpha: float) -> tuple[float, float]:
     """Return the expanded percentile interval; nan where nothing can be said."""
     defined = samples[np.isfinite(samples)]
     if num_patients < 2 or len(defined) < _MIN_DEFINED_SHARE * len(samples):
@@ -356,7 +358,7 @@ def _interval(samples: Array, num_patients: int, alpha: float) -> tuple[float, f
 
 
 def _p_value(samples: Array, num_patients: int) -> float:
-    """Return the two-sided level at which the interval of `_interval` just touches 0."""
+    """Return the two-sided level at which the interval of `expanded_interval` just touches 0."""
     defined = samples[np.isfinite(samples)]
     if num_patients < 2 or len(defined) < _MIN_DEFINED_SHARE * len(samples):
         return float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from medssl.atomic import atomic_write
 from medssl.config import ComponentConfig, Config, component
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
@@ -26,7 +28,7 @@ from medssl.pipelines.sections import SamplingConfig, SplitConfig
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
-from medssl.randomness import derive_seed, torch_generator
+from medssl.randomness import derive_seed
 from medssl.reports.html import build_report
 from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
@@ -35,20 +37,23 @@ from medssl.scans.splits import Splits, make_splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.loop import (
-    Meter,
-    Network,
     TrainingConfig,
-    autocast,
     build_network,
     select_device,
     start_state,
     train,
 )
+from medssl.training.monitor import judge, summary
+from medssl.training.state import TrainingState
+from medssl.training.validation import ValidationPuzzles
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.preprocessing import PreprocessingConfig
 from medssl.transforms.sampling import CropSampler, SampleRequest
 
 _STATE_FILE = "training_state.pt"
+
+VALIDATION_FILE = "validation.json"
+"""What the last validation found, beside the checkpoint: metrics, confusion matrices, health."""
 
 
 class PretrainSection(Config):
@@ -127,6 +132,18 @@ class Pretraining:
         """Return the pretext task."""
         return PRETEXT_TASKS.build(self.pretext, self.sampling.spatial_dims)
 
+    def parameters(self) -> dict[str, Any]:
+        """Return the few settings that people filter runs by; the whole config is an artifact."""
+        return {
+            "pretext": self.pretext.name,
+            "init": self.init.name,
+            "backbone": self.backbone.name,
+            "steps": self.section.training.steps,
+            "global_batch_size": self.section.training.global_batch_size,
+            "seed": self.seed,
+            "chance_level": self.task().chance_level,
+        }
+
 
 def run(
     config: PretrainConfig,
@@ -156,7 +173,7 @@ def run(
     job.task().request(config.sampling.request())  # refuses crops before anything is written
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
-        with tracker.run("pretrain/backbone", params=config.model_dump(mode="json")) as handle:
+        with tracker.run("pretrain/backbone", params=job.parameters()) as handle:
             store = prepare.prepare(
                 index,
                 config.preprocessing,
@@ -238,7 +255,7 @@ def pretrain_backbone(
     backbone, report = build_backbone(
         job.backbone,
         job.init,
-        in_channels=request.in_channels,
+        in_channels=task.in_channels(request),
         seed=job.seed,
         expected=image_contract(store, request),
     )
@@ -248,13 +265,18 @@ def pretrain_backbone(
     if (folder / _STATE_FILE).is_file():
         state.load(folder / _STATE_FILE, job.device)
     pool = pretraining_pool(store, splits)
+    handle.tag("pool_patients", len(pool))
     validation = CropSampler(store, _scans(store, splits.val), request, job.seed, "validation")
     seed = derive_seed(job.seed, "pretrain", job.label)
+    puzzles = ValidationPuzzles(
+        task, validation, job.section.validation_batches, training, job.seed, job.device
+    )
+    watch = _Watch(job, puzzles, state, handle, folder)
     stage = f"pretrain {job.label}"
 
     def log(step: int, metrics: dict[str, float]) -> None:
         handle.log(step, metrics)
-        progress(stage, step, training.steps, _note(metrics))
+        progress(stage, step, training.steps, _note(metrics, watch.states))
 
     train(
         state,
@@ -265,44 +287,61 @@ def pretrain_backbone(
         device=job.device,
         augmentation=job.section.augmentation,
         log=log,
-        validate=lambda _: _validate(network, task, validation, job),
+        validate=watch.validate,
         save=lambda: state.save(folder / _STATE_FILE),
     )
     if pictures is not None:
-        batch, output = _validation_batch(network, task, validation, job, 0)
-        rows = task.panels(batch, output)
+        rows = [
+            row for batch, output in puzzles.examples(network) for row in task.panels(batch, output)
+        ]
         save_panels(
             pictures, [[(panel.image_XY.numpy(), panel.title) for panel in row] for row in rows]
         )
     init = init_provenance(job.init, report)
-    save_checkpoint(folder, backbone, _contract(job, backbone, request, index, store, pool, init))
+    save_checkpoint(
+        folder, backbone, _contract(job, task, backbone, request, index, store, pool, init)
+    )
 
 
-def _validate(
-    network: Network, task: PretextTask, sampler: CropSampler, job: Pretraining
-) -> dict[str, float]:
-    """Return loss and metrics on puzzles that are the same at every validation."""
-    meter = Meter()
-    for number in range(job.section.validation_batches):
-        batch, output = _validation_batch(network, task, sampler, job, number)
-        meter.add({"loss": task.loss(output, batch), **task.metrics(output, batch)})
-    return meter.read()
+class _Watch:
+    """Validates, judges and keeps what the report shows of it, beside the checkpoint."""
 
+    def __init__(
+        self,
+        job: Pretraining,
+        puzzles: ValidationPuzzles,
+        state: TrainingState,
+        handle: RunHandle,
+        folder: Path,
+    ) -> None:
+        self._job, self._puzzles, self._state = job, puzzles, state
+        self._handle, self._folder = handle, folder
+        self._baselines: dict[str, float] | None = None
+        self.states = ""
 
-def _validation_batch(
-    network: Network, task: PretextTask, sampler: CropSampler, job: Pretraining, number: int
-) -> tuple[Any, Any]:
-    training = job.section.training
-    network.eval()
-    sample = sampler.batch(number, training.global_batch_size).to(job.device)
-    generator = torch_generator(job.seed, "validation puzzle", number, device=job.device)
-    with torch.no_grad(), autocast(training, job.device):
-        batch = task.batch_of(sample, generator)
-        return batch, network(batch)
+    def validate(self, step: int) -> dict[str, float]:
+        """Return the metrics of a validation, and say how the task does."""
+        task = self._puzzles.task
+        if self._baselines is None:
+            self._baselines = self._puzzles.baselines()
+        scores = self._puzzles.score(self._state.network)
+        # Kept with the training state: solved early stays suspicious, also after a restart.
+        solved = self._state.notes.setdefault("solved_early", [])
+        health = judge(task, scores, step, self._job.section.training.steps, solved)
+        solved[:] = [prefix for prefix, found in health.items() if found.state == "suspicious"]
+        for prefix, found in health.items():
+            self._handle.tag(f"health.{prefix}".rstrip("._"), f"step {step}: {found}")
+        self.states = ", ".join(
+            f"{prefix.rstrip('_')} {found.state}".strip() for prefix, found in health.items()
+        )
+        content = {"step": step, "baselines": self._baselines, **summary(task, scores, health)}
+        atomic_write(self._folder / VALIDATION_FILE, json.dumps(content, indent=2) + "\n")
+        return {**scores.metrics, **self._baselines}
 
 
 def _contract(
     job: Pretraining,
+    task: PretextTask,
     backbone: Backbone,
     request: SampleRequest,
     index: Index,
@@ -312,7 +351,8 @@ def _contract(
 ) -> Contract:
     return Contract(
         **image_contract(store, request),
-        in_channels=request.in_channels,
+        **task.contract(),
+        in_channels=task.in_channels(request),
         spatial_dims=request.spatial_dims,
         backbone=backbone.config.model_dump(mode="json"),
         init=init,
@@ -338,8 +378,8 @@ def _scans(store: Store, patients: Sequence[str]) -> list[str]:
     return [key for key in store.scan_keys if store.entry(key).patient_key in wanted]
 
 
-def _note(metrics: dict[str, float]) -> str:
-    shown = [name for name in metrics if name.startswith("val/")] or [
-        name for name in metrics if name.startswith("train/")
-    ]
-    return ", ".join(f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown)
+def _note(metrics: dict[str, float], states: str) -> str:
+    validated = [name for name in metrics if name.startswith("val/")]
+    shown = validated or [name for name in metrics if name.startswith("train/")]
+    words = [f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown]
+    return ", ".join([*words, states] if validated else words)

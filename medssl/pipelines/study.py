@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from medssl.config import ComponentConfig, Config, Label, component
+from medssl.downstream.base import DownstreamTask
 from medssl.models.backbones import BACKBONES
 from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
@@ -154,19 +155,7 @@ def run(
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("study", params=_parameters(config)) as handle:
-            index = indexing.run(config.index, config.workplace / "index", progress=progress)
-            index = index.select(config.select)
-            keep_dataset_facts(config.index.folder, index.folder)
-            tasks = build_tasks(config, config.sampling, index)
-            splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
-            store = prepare.prepare(
-                index,
-                config.preprocessing,
-                prepare.store_folder(config.workplace, config.preprocessing),
-                masks=mask_folders(config),
-                executor=config.index.executor,
-                progress=progress,
-            )
+            index, tasks, splits, store = gather(config, progress)
             folder.pin_data(data_digests(index, store, splits, tasks.values()))
             splits.write(out / "splits.json")
             inits = {
@@ -187,6 +176,38 @@ def run(
             compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
             progress("report", 1, 1)
     return out
+
+
+def gather(
+    config: StudyConfig, progress: Progress = silent
+) -> tuple[Index, dict[str, DownstreamTask], Splits, Store]:
+    """Return index, tasks, splits and store of a study; made where the workspace lacks them."""
+    index = indexing.run(config.index, config.workplace / "index", progress=progress)
+    index = index.select(config.select)
+    keep_dataset_facts(config.index.folder, index.folder)
+    tasks = build_tasks(config, config.sampling, index)
+    splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
+    store = prepare.prepare(
+        index,
+        config.preprocessing,
+        prepare.store_folder(config.workplace, config.preprocessing),
+        masks=mask_folders(config),
+        executor=config.index.executor,
+        progress=progress,
+    )
+    return index, tasks, splits, store
+
+
+def pretraining_of(config: StudyConfig, label: str) -> Pretraining | None:
+    """Return how an init is pretrained; ``None`` where it has no pretext."""
+    init = config.inits[label]
+    section = config.section_of(init)
+    if init.pretext is None or section is None:
+        return None
+    return Pretraining(
+        label, config.backbone, init.init, init.pretext, section, config.crops_of(init),
+        config.seed, select_device(config.device),
+    )  # fmt: skip
 
 
 def plan(config: StudyConfig, out: Path | None = None) -> dict[str, Any]:
@@ -272,24 +293,11 @@ def _init_of(
     progress: Progress,
 ) -> ComponentConfig:
     """Return the init's configuration for the matrix, pretrained first where it has a pretext."""
-    init = config.inits[label]
-    section = config.section_of(init)
-    if init.pretext is None or section is None:
-        return init.init
+    job = pretraining_of(config, label)
+    if job is None:
+        return config.inits[label].init
     checkpoint = out / "checkpoints" / label
-    job = Pretraining(
-        label, config.backbone, init.init, init.pretext, section, config.crops_of(init),
-        config.seed, select_device(config.device),
-    )  # fmt: skip
-    task = job.task()
-    params = {
-        "pretext": init.pretext.name,
-        "init": init.init.name,
-        "steps": section.training.steps,
-        "chance_level": task.chance_level,
-        "pool_patients": len(pretraining_pool(store, splits)),
-    }
-    with tracker.run(f"pretrain/{label}", parent=parent.name, params=params) as handle:
+    with tracker.run(f"pretrain/{label}", parent=parent.name, params=job.parameters()) as handle:
         picture = out / "figures" / f"pretext_{label}.png" if config.include_images else None
         pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
         handle.artifact(checkpoint)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from medssl.errors import ConfigError
-from medssl.pretext.base import FOREGROUND_LEVEL, PretextConfig
+from medssl.pretext.base import PretextConfig
 
 MIN_TILE = 4
 """Smallest side of a tile, voxels: less shows no structure."""
@@ -27,7 +27,23 @@ _SPREAD = 1 / 6
 """A standardised tile is shown as 0.5 + z / 6: three deviations to each side fill [0, 1]."""
 
 
-class TilesConfig(PretextConfig):
+class LevelsConfig(PretextConfig):
+    """What tasks that show several parts of a scan, each alone, have in common.
+
+    Attributes:
+        min_foreground: least share of a part that must not be air for its puzzle to count.
+        standardise: give every part the same mean and deviation, so that these cannot tell where
+            it lies.
+        intensity_jitter: largest random change of a part's brightness and contrast, for
+            intensities with a meaning of their own (CT), where parts are not standardised.
+    """
+
+    min_foreground: float = Field(default=0.1, ge=0, le=1)
+    standardise: bool = True
+    intensity_jitter: float = Field(default=0.0, ge=0, le=1)
+
+
+class TilesConfig(LevelsConfig):
     """What tasks that cut tiles have in common.
 
     Attributes:
@@ -36,19 +52,11 @@ class TilesConfig(PretextConfig):
             one tile into the next would tell the answer. Default: an eighth of a cell.
         jitter: largest displacement of a tile within its cell, voxels. Default: an eighth of a
             cell.
-        min_foreground: least share of a tile that must not be air for its puzzle to count.
-        standardise: give every tile the same mean and deviation, so that these cannot tell where
-            it lies.
-        intensity_jitter: largest random change of a tile's brightness and contrast, for
-            intensities with a meaning of their own (CT), where tiles are not standardised.
     """
 
     tile: int | None = Field(default=None, ge=MIN_TILE)
     gap: int | None = Field(default=None, ge=0)
     jitter: int | None = Field(default=None, ge=0)
-    min_foreground: float = Field(default=0.1, ge=0, le=1)
-    standardise: bool = True
-    intensity_jitter: float = Field(default=0.0, ge=0, le=1)
 
     def sizes(self, crop_size: tuple[int, ...], grid: int) -> tuple[tuple[int, ...], int, int]:
         """Return the tile's size, the gap and the jitter, in voxels, for a crop.
@@ -94,7 +102,7 @@ def cut_tiles(
 
     Args:
         images: (B, C, *S).
-        cells: (T, D) places in the grid, from 0 to grid - 1 along each axis.
+        cells: (T, D) places in the grid, from 0 to grid - 1 along each axis; on the host.
         grid: cells along each axis; voxels left over by the division lie evenly on both sides.
         tile: the tile's size along each axis.
         gap: least distance between tiles of neighbouring cells.
@@ -105,33 +113,53 @@ def cut_tiles(
         (B, T, C, *tile).
     """
     num_images, dims, device = len(images), images.ndim - 2, images.device
-    cells = cells.to(device)
-    size = torch.tensor(images.shape[2:], device=device)
+    # Sizes are known on the host: what is made of them there is copied without waiting.
+    size = torch.tensor(images.shape[2:])
     cell = size // grid
     first = (size - cell * grid + gap) // 2 + cells * cell  # (T, D): half a gap on either side
-    room = cell - torch.tensor(tile, device=device) - gap
-    room = room.clamp(max=jitter)
+    first = first.to(device, non_blocking=True)
+    room = (cell - torch.tensor(tile) - gap).clamp(max=jitter).to(device, non_blocking=True)
     share = torch.rand((num_images, len(cells), dims), device=device, generator=generator)
     start = first + (share * (room + 1)).floor().long().minimum(room)  # (B, T, D)
-    index = torch.zeros((num_images, len(cells), *[1] * dims), dtype=torch.long, device=device)
-    for axis in range(dims):
-        shape = [1] * dims
-        shape[axis] = tile[axis]
-        steps = torch.arange(tile[axis], device=device).reshape(shape)
-        place = start[..., axis].reshape(num_images, len(cells), *[1] * dims) + steps
+    return cut_parts(images, start, tile)
+
+
+def cut_parts(images: Tensor, start: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Cut parts of a given size out of each image, (B, T, C, *size).
+
+    Args:
+        images: (B, C, *S).
+        start: (B, T, D) long, first voxel of each part; parts lie inside the image.
+        size: of the parts.
+    """
+    dims = images.ndim - 2
+    index = torch.zeros((*start.shape[:2], *[1] * dims), dtype=torch.long, device=images.device)
+    for axis, side in enumerate(size):
+        shape = [side if other == axis else 1 for other in range(dims)]
+        steps = torch.arange(side, device=images.device).reshape(shape)
+        place = start[..., axis].reshape(*start.shape[:2], *[1] * dims) + steps
         index = index * images.shape[2 + axis] + place
     flat = images.flatten(2)  # (B, C, voxels)
     wanted = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    tiles = flat.gather(2, wanted).reshape(num_images, images.shape[1], len(cells), *tile)
-    return tiles.transpose(1, 2)
+    parts = flat.gather(2, wanted).reshape(*images.shape[:2], start.shape[1], *size)
+    return parts.transpose(1, 2)
 
 
-def foreground_share(tiles: Tensor) -> Tensor:
-    """Return the share of each tile's voxels that are not air in any channel, (B, T)."""
-    return (tiles > FOREGROUND_LEVEL).any(dim=2).flatten(2).float().mean(2)
+def foreground_share(tiles: Tensor, level: Tensor) -> Tensor:
+    """Return the share of each tile's voxels that are not air in any channel, (B, T).
+
+    Args:
+        tiles: (B, T, C, *tile), not levelled yet.
+        level: `air_level` of the images they were cut from: (B, C), or (B, T, C) where an image's
+            tiles are from several.
+    """
+    if level.ndim == 2:
+        level = level[:, None]
+    bright = tiles >= level.reshape(*level.shape, *[1] * (tiles.ndim - 3))
+    return bright.any(dim=2).flatten(2).float().mean(2)
 
 
-def level_tiles(tiles: Tensor, config: TilesConfig, generator: torch.Generator) -> Tensor:
+def level_tiles(tiles: Tensor, config: LevelsConfig, generator: torch.Generator) -> Tensor:
     """Return tiles whose brightness and contrast tell less of where they lie, in [0, 1].
 
     Args:

@@ -13,8 +13,9 @@ A task that trains several heads at once keeps them in an ``nn.ModuleDict`` and 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,8 +28,15 @@ from medssl.errors import ConfigError
 from medssl.models.backbones.base import Backbone
 from medssl.transforms.sampling import Sample, SampleRequest
 
-FOREGROUND_LEVEL = 0.05
-"""Intensity, of the prepared range [0, 1], above which a voxel or a mean is not air."""
+AIR_SHARE = 0.1
+"""Part of an image's range of intensities, from its darkest voxel, that counts as air.
+
+Relative, because augmentation may brighten the air of an image by more than any fixed level.
+"""
+
+AIR_CEILING = 0.15
+"""Intensity, of the prepared range [0, 1], that no air reaches: 0.05 as it is prepared, and 0.1 by
+which augmentation brightens at most by default."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,12 @@ class PretextTask(ABC):
     def loss(self, output: Any, batch: PretextBatch) -> Tensor:
         """Return the scalar loss."""
 
+    def loss_of_guessing(self, batch: PretextBatch) -> Tensor | float:
+        """Return the loss of an answer that needs no network: the unit of `multi`'s balance."""
+        if self.chance_level is None:
+            raise NotImplementedError(f"pretext task {self.name}: loss_of_guessing")
+        return -math.log(self.chance_level)
+
     @abstractmethod
     def metrics(self, output: Any, batch: PretextBatch) -> dict[str, Tensor]:
         """Return scalar metrics on the device: batch means, nothing that synchronises."""
@@ -156,6 +170,17 @@ class PretextTask(ABC):
         """Return how well answers do that need no network, as metrics of their own.
 
         Asked once a run, on the fixed validation puzzles; it may work on the host and take seconds.
+        """
+        return {}
+
+    def parts(self) -> Mapping[str, PretextTask]:
+        """Return the tasks whose metrics this one reports, by the prefix of their names."""
+        return {"": self}
+
+    def diagnostics(self, network: nn.Module, batches: list[PretextBatch]) -> dict[str, Tensor]:
+        """Return numbers about the training itself, on one image batch's validation puzzles.
+
+        Asked at each validation, with gradients enabled.
         """
         return {}
 
@@ -213,6 +238,26 @@ class ClassificationTask(PretextTask):
 
 class PretextConfig(ComponentConfig):
     """Base of the configurations of pretext tasks."""
+
+
+def air_level(images: Tensor) -> Tensor:
+    """Return the intensity, (B, C), from which a voxel of an image's channel is not air.
+
+    Air is the darkest part of an image's range, where that is dark enough to be air at all.
+
+    Args:
+        images: (B, C, *S).
+    """
+    flat = images.flatten(2)
+    low, high = flat.amin(2), flat.amax(2)
+    level = (low + AIR_SHARE * (high - low)).clamp(max=AIR_CEILING)
+    return torch.where(high > low, level, AIR_CEILING)
+
+
+def not_air(images: Tensor) -> Tensor:
+    """Return where any channel of images (B, C, *S) is not air, (B, 1, *S) bool."""
+    level = air_level(images).reshape(*images.shape[:2], *[1] * (images.ndim - 2))
+    return (images >= level).any(1, keepdim=True)
 
 
 def answer_title(names: Sequence[str], label: int, answer: int | None) -> str:

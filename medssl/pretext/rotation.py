@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from medssl.errors import ConfigError
 from medssl.models.backbones.base import Backbone
 from medssl.models.heads import PooledHead
+from medssl.pretext._labels import deal_labels
 from medssl.pretext.base import (
     ClassificationTask,
     Panel,
@@ -88,17 +89,20 @@ def rotate(images: Tensor, matrices: Tensor) -> Tensor:
         image, coordinates counted from the centre.
     """
     sizes = images.shape[2:]
-    # Doubled, so that coordinates from the centre are whole numbers.
-    axes = [2 * torch.arange(size, device=images.device) - (size - 1) for size in sizes]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(len(sizes), -1)
-    # Integer matmul is not implemented on CUDA; the product of small matrices is written out.
-    inverse = matrices.transpose(1, 2).to(grid.dtype)  # orthogonal
-    source = (inverse.unsqueeze(-1) * grid[None, None]).sum(2)
-    index = torch.zeros_like(source[:, 0])
+    # Where a voxel comes from is a sum of one term an axis, so it is never computed voxel by voxel.
+    strides = torch.tensor([math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))])
+    strides = strides.to(images.device, non_blocking=True)
+    last = (torch.tensor(sizes) - 1).to(images.device, non_blocking=True)
+    inverse = matrices.transpose(1, 2)  # orthogonal
+    # Integer matmul is not implemented on CUDA; the products of small matrices are written out.
+    step = (inverse * strides[:, None]).sum(1)  # (B, D): by a voxel along each axis of the result
+    start = ((inverse.sum(2) < 0) * last * strides).sum(1)  # (B,)
+    index = start.reshape(-1, *[1] * len(sizes))
     for axis, size in enumerate(sizes):
-        index = index * size + (source[:, axis] + size - 1).div(2, rounding_mode="floor")
-    flat = images.reshape(images.shape[0], images.shape[1], -1)
-    return flat.gather(2, index[:, None].expand_as(flat)).reshape(images.shape)
+        along = torch.arange(size, device=images.device) * step[:, axis, None]  # (B, size)
+        index = index + along.reshape(-1, *[size if a == axis else 1 for a in range(len(sizes))])
+    flat = images.flatten(2)
+    return flat.gather(2, index.flatten(1)[:, None].expand_as(flat)).reshape(images.shape)
 
 
 class Rotation(ClassificationTask):
@@ -145,25 +149,11 @@ class Rotation(ClassificationTask):
         if self.views == self.num_classes:
             labels = torch.arange(self.num_classes, device=images.device).repeat(num_images)
         else:
-            labels = self._balanced_labels(num_images, images.device, generator)
+            dealt = deal_labels(num_images, self.views, self.num_classes, images.device, generator)
+            labels = dealt.flatten()
         repeated = images.repeat_interleave(self.views, dim=0)
-        matrices = self.matrices.to(images.device)[labels]
+        matrices = self.matrices.to(images.device, non_blocking=True)[labels]
         return PretextBatch(inputs=rotate(repeated, matrices), target=labels, task=self.name)
-
-    def _balanced_labels(
-        self, num_images: int, device: torch.device, generator: torch.Generator
-    ) -> Tensor:
-        """Draw labels: different ones for each image, every turn equally often in a batch.
-
-        Equally often means to within one.
-        """
-        count = num_images * self.views
-        # Each order of the turns is dealt out again and again until an image's share ends with it:
-        # with a fresh one in the middle of an image, a turn could come twice.
-        dealt = math.lcm(self.num_classes, self.views)
-        shape = (-(-count // dealt), self.num_classes)
-        order = torch.rand(shape, device=device, generator=generator).argsort(1)
-        return order.repeat(1, dealt // self.num_classes).reshape(-1)[:count]
 
     def build_head(self, backbone: Backbone) -> nn.Module:
         return PooledHead(backbone.stages[-1].channels, self.num_classes, self.config.hidden)

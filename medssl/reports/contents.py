@@ -39,7 +39,11 @@ class LoggedRun:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything a report is made of."""
+    """Everything a report is made of.
+
+    Attributes:
+        validations: of each pretraining, by its name: what its last validation found.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -50,6 +54,7 @@ class Contents:
     data: dict[str, Any]
     provenance: dict[str, Any]
     pretraining: list[LoggedRun]
+    validations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -96,6 +101,10 @@ def read_contents(folder: Path) -> Contents:
         data=_mapping(folder / "data.json"),
         provenance=_mapping(folder / "provenance.json"),
         pretraining=_pretraining(folder / JOURNAL_NAME),
+        validations={
+            path.parent.name: _mapping(path)
+            for path in sorted((folder / "checkpoints").glob("*/validation.json"))
+        },
     )
 
 

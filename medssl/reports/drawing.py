@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -244,11 +245,32 @@ def draw_pretraining(
     if level is not None:
         axes.axhline(level, color=theme.faint, lw=1, ls="--")
         axes.text(
-            1, level, "guessing ", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+            1, level, "no network ", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
             fontsize=8, color=theme.faint,
         )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel(metric)
+
+
+MOST_NAMED_CLASSES = 30
+"""Classes of a confusion matrix up to which their names fit beside it."""
+
+
+def draw_confusion(axes: Axes, theme: Theme, shares: Array, classes: Sequence[str]) -> None:
+    """Draw how often each class (row) was answered with each (column), as shares of the row."""
+    colours = LinearSegmentedColormap.from_list("share", [theme.page, theme.inits[1]])
+    image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="equal")
+    axes.grid(visible=False)
+    if len(classes) <= MOST_NAMED_CLASSES:
+        places = np.arange(len(classes))
+        size = 8 if len(classes) <= 12 else 6
+        axes.set_xticks(places, classes, rotation=90, fontsize=size)
+        axes.set_yticks(places, classes, fontsize=size)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("puzzle")
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.colorbar(image, ax=axes, shrink=0.7, label="share of the row")
 
 
 def draw_patients(

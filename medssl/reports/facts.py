@@ -27,7 +27,30 @@ def warnings_of(contents: Contents) -> list[str]:
     stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
     if stopped:
         found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")
+    found += [
+        f"Pretext task {part['task']} of {init_name(name)}: {part['words']}."
+        for name, validation in contents.validations.items()
+        for part in validation.get("parts", [])
+        if part["state"] in ("stuck", "suspicious")
+    ]
     return found
+
+
+def pretext_rows(contents: Contents) -> list[dict[str, str]]:
+    """Return how each pretext task did on validation patients, one row a task."""
+    return [
+        {
+            "init": init_name(name),
+            "task": str(part["task"]),
+            "metric": str(part["metric"]),
+            "value": f"{part['value']:.3g}",
+            "trivial": f"{part['trivial']:.3g}",
+            "healthy": " to ".join(f"{bound:.3g}" for bound in part["healthy_range"]),
+            "state": str(part["state"]),
+        }
+        for name, validation in contents.validations.items()
+        for part in validation.get("parts", [])
+    ]
 
 
 def limits(contents: Contents) -> list[str]:

@@ -14,6 +14,7 @@ from medssl.reports.drawing import (
     Palette,
     Picture,
     Theme,
+    draw_confusion,
     draw_curves,
     draw_effects,
     draw_layers,
@@ -133,11 +134,12 @@ def pretraining_pictures(contents: Contents) -> list[Picture]:
     palette = Palette(contents)
     pictures = []
     for run in contents.pretraining:
-        for metric in _pretraining_metrics(run):
-            chance = run.params.get("chance_level") if metric != "loss" else None
-            level = float(chance) if isinstance(chance, int | float) else None
-            # A chance level is that of guessing a class; it says nothing of other metrics.
-            level = level if "accuracy" in metric else None
+        trivial = {
+            str(part["metric"]): float(part["trivial"])
+            for part in contents.validations.get(run.name, {}).get("parts", [])
+        }
+        for metric in _pretraining_metrics(run, list(trivial)):
+            level = trivial.get(metric)
 
             def draw(
                 axes: Axes,
@@ -154,10 +156,44 @@ def pretraining_pictures(contents: Contents) -> list[Picture]:
                     f"pretrain_{_slug(run.name)}_{_slug(metric)}",
                     f"{init_name(run.name)}: {metric}",
                     "Thin: training, smoothed. Dots: the same validation puzzles each time."
-                    + (" Dashed: guessing." if level is not None else ""),
+                    + (" Dashed: what needs no network." if level is not None else ""),
                     _pretraining_in_words(run, metric, level),
                     draw,
                     height=2.5,
+                )
+            )
+    return pictures
+
+
+def confusion_pictures(contents: Contents) -> list[Picture]:
+    """Return, for each pretext task that classifies, which classes are taken for which."""
+    pictures = []
+    for name, validation in contents.validations.items():
+        for part in validation.get("parts", []):
+            if not part.get("confusion"):
+                continue
+            counts = np.array(part["confusion"], dtype=float)
+            classes = [str(label) for label in part["classes"]]
+            shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+            def draw(
+                axes: Axes,
+                theme: Theme,
+                shares: Array = shares,
+                classes: list[str] = classes,
+            ) -> None:
+                draw_confusion(axes, theme, shares, classes)
+
+            pictures.append(
+                picture(
+                    f"confusion_{_slug(name)}_{_slug(str(part['task']))}",
+                    f"{init_name(name)}: which puzzles {part['task']} mixes up",
+                    f"Rows: the puzzle's class. Columns: the answer. {int(counts.sum())} puzzles "
+                    "of validation patients; dark is often. A row of one dark square off the "
+                    "diagonal is a symmetry of the anatomy, or a label that means nothing.",
+                    _confusion_in_words(shares, classes),
+                    draw,
+                    height=min(5.0, 1.6 + 0.28 * len(classes)),
                 )
             )
     return pictures
@@ -232,7 +268,17 @@ def _pretraining_in_words(run: LoggedRun, metric: str, level: float | None) -> s
     points = run.points.get(f"val/{metric}") or run.points.get(f"train/{metric}", [])
     (first_step, first), (last_step, last) = points[0], points[-1]
     text = f"{metric} goes from {first:.3g} at step {first_step} to {last:.3g} at step {last_step}"
-    return f"{text}; guessing gives {level:.3g}." if level is not None else f"{text}."
+    return f"{text}; no network gives {level:.3g}." if level is not None else f"{text}."
+
+
+def _confusion_in_words(shares: Array, classes: list[str]) -> str:
+    off = shares - np.diag(np.diag(shares))
+    true, answered = np.unravel_index(int(off.argmax()), off.shape)
+    return (
+        f"Of {len(classes)} classes, the share answered rightly runs from "
+        f"{np.diag(shares).min():.2f} to {np.diag(shares).max():.2f}; the commonest mistake takes "
+        f"{classes[int(true)]} for {classes[int(answered)]}, {off.max():.2f} of the time."
+    )
 
 
 def _selected(results: pd.DataFrame, selected: bool) -> pd.DataFrame:
@@ -263,12 +309,12 @@ def _patient_differences(table: pd.DataFrame, reference: str) -> dict[str, Array
     return {init: values for init, values in found.items() if len(values)}
 
 
-def _pretraining_metrics(run: LoggedRun) -> list[str]:
-    """Return the metrics to draw: the loss, then those that are also validated."""
+def _pretraining_metrics(run: LoggedRun, primary: list[str]) -> list[str]:
+    """Return the metrics to draw: the loss, then those that tasks are judged by."""
     names = {key.partition("/")[2] for key in run.points if key.startswith(("train/", "val/"))}
     validated = {key.partition("/")[2] for key in run.points if key.startswith("val/")}
-    others = sorted((validated or names) - {"loss"})
-    return (["loss"] if "loss" in names else []) + others[:3]
+    others = [name for name in primary if name in names]
+    return (["loss"] if "loss" in names else []) + (others or sorted(validated - {"loss"})[:3])
 
 
 def _unique(table: pd.DataFrame, column: str) -> list[Any]:

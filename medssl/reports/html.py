@@ -11,12 +11,14 @@ from medssl.reports.facts import (
     data_rows,
     init_rows,
     limits,
+    pretext_rows,
     provenance_rows,
     rejection_rows,
     version_rows,
     warnings_of,
 )
 from medssl.reports.figures import (
+    confusion_pictures,
     curve_pictures,
     effect_pictures,
     layer_pictures,
@@ -43,7 +45,8 @@ def build_report(run_folder: Path) -> Path:
     """Write ``report.html`` and ``figures/*.png`` from the run folder's own files.
 
     Reads ``config.yaml, predictions.parquet, results.csv, comparisons.csv, journal.jsonl,
-    provenance.json, data.json`` and ``figures/pretext_*.png``; what is missing is left out.
+    provenance.json, data.json, checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what
+    is missing is left out.
 
     Returns:
         Path of ``report.html``.
@@ -59,6 +62,7 @@ def build_report(run_folder: Path) -> Path:
         "layers": layer_pictures(contents),
         "patients": patient_pictures(contents),
         "pretraining": pretraining_pictures(contents),
+        "confusions": confusion_pictures(contents),
     }
     for group in pictures.values():
         for picture in group:
@@ -107,6 +111,7 @@ def _words(contents: Contents) -> dict[str, Any]:
         "num_resamples": (contents.config.get("statistics") or {}).get("num_resamples", 10_000),
         "num_seeds": int(contents.results["num_seeds"].max()) if len(contents.results) else 0,
         "inits": init_rows(contents),
+        "pretexts": pretext_rows(contents),
         "data": data_rows(contents),
         "citation": contents.data.get("citation", ""),
         "rejections": rejection_rows(contents),

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from medssl.config import Config
 from medssl.errors import DataError
@@ -71,6 +77,9 @@ class PreprocessingConfig(Config):
 
     Attributes:
         orientation: voxel axes point to right, anterior, superior.
+        blank: what is replaced by background: burned-in ``text`` and side markers outside the
+            body, and the padding around a circular or fan-shaped ``field_of_view``. See
+            `medssl.transforms.artifacts` for what is found and what is not.
         spacing_mm: voxel spacing along X, Y, Z; None keeps the scan's own.
         antialias: blur before voxels get coarser, as their number cannot carry the finer detail.
         intensity: scaling to [0, 1].
@@ -81,6 +90,7 @@ class PreprocessingConfig(Config):
     """
 
     orientation: Literal["RAS"] = "RAS"
+    blank: tuple[Literal["text", "field_of_view"], ...] = ()
     spacing_mm: tuple[float, float, float] | None = None
     antialias: bool = True
     intensity: IntensityConfig = IntensityConfig()
@@ -94,6 +104,20 @@ class PreprocessingConfig(Config):
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             raise ValueError("spacing_mm must hold positive numbers of millimetres")
         return self
+
+    @field_validator("blank")
+    @classmethod
+    def _in_one_order(cls, blank: tuple[str, ...]) -> tuple[str, ...]:
+        """Sort and deduplicate: the same set, in any order, is the same store."""
+        return tuple(sorted(set(blank)))
+
+    @model_serializer(mode="wrap")
+    def _without_blank_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty ``blank``: stores and runs made before it existed stay valid."""
+        content: dict[str, Any] = handler(self)
+        if not self.blank:
+            content.pop("blank", None)
+        return content
 
     def versioned_digest(self) -> str:
         """Return the digest that a stored scan's address is made from."""
@@ -150,6 +174,8 @@ def preprocess(
     labels = (
         _oriented(np.stack([masks[n] for n in names]), scan.affine, flat=flat) if names else None
     )
+    if config.blank:
+        image = _blanked(image, scan, config)
     if config.spacing_mm is not None:
         image, labels = _respaced(image, labels, config, across)
     scaled = _scaled(image, scan, config.intensity)
@@ -203,6 +229,26 @@ def _axis_of(affine: npt.NDArray[np.float64], column: int) -> int:
     from nibabel.orientations import io_orientation
 
     return int(io_orientation(affine)[column, 0])
+
+
+def _blanked(image: MetaTensor, scan: Scan, config: PreprocessingConfig) -> MetaTensor:
+    """Blank artifacts before anything is resampled or scaled.
+
+    Resampling would blur letters and mix padding with air, and percentiles would count both.
+    """
+    import torch
+    from monai.data.meta_tensor import MetaTensor
+
+    from medssl.transforms.artifacts import blank
+
+    blanked = blank(
+        image.numpy(),
+        config.blank,
+        across=_axis_of(scan.affine, 2),
+        air_level=BODY_HU if scan.intensity == "HU" else None,
+        frames=_SCALED_TOGETHER in scan.flags,
+    )
+    return MetaTensor(torch.from_numpy(blanked), affine=image.affine)
 
 
 def _spacing(volume: MetaTensor) -> npt.NDArray[np.float64]:

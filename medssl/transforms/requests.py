@@ -32,8 +32,8 @@ class SampleRequest:
         crop_size: voxels along each spatial axis, in RAS order.
         plane: of 2D slices from 3D scans: sagittal is cut across X and has axes (Y, Z), coronal
             across Y with (X, Z), axial across Z with (X, Y).
-        num_neighbours: slices on each side that come as further channels (2D); at the scan's edge
-            the last slice is repeated.
+        num_neighbours: slices on each side that come as further channels (2D).
+        repeat_slices: where a scan has too few slices, repeat the last one; otherwise refuse it.
         num_sequences: co-registered sequences, one channel each.
         isotropic: which voxel spacings of the crop must be equal (within 1 %): ``none``, those of
             the first two axes (``in_plane``), or ``all``.
@@ -46,6 +46,7 @@ class SampleRequest:
     crop_size: tuple[int, ...]
     plane: Plane | None = None
     num_neighbours: int = 0
+    repeat_slices: bool = True
     num_sequences: int = 1
     isotropic: Isotropy = "none"
     min_foreground: float = 0.0
@@ -100,6 +101,7 @@ class SampleRequest:
         return replace(
             self,
             num_neighbours=max(self.num_neighbours, other.num_neighbours),
+            repeat_slices=self.repeat_slices and other.repeat_slices,
             num_sequences=max(self.num_sequences, other.num_sequences),
             isotropic=max(self.isotropic, other.isotropic, key=_ISOTROPY.index),
             min_foreground=max(self.min_foreground, other.min_foreground),
@@ -124,6 +126,7 @@ class SampleRequest:
                 f"{scan} has {entry.channels} sequences, the task needs {self.num_sequences}. "
                 "Set num_sequences to what the scans have."
             )
+        self._check_neighbours(entry, kept)
         sizes = [entry.shape[axis] for axis in kept]
         if not (self.allow_padding or whole) and any(
             found < wanted for found, wanted in zip(sizes, self.crop_size, strict=True)
@@ -146,6 +149,22 @@ class SampleRequest:
             raise DataError(
                 f"{scan} has no mask {self.mask!r} in the store (it has: "
                 f"{', '.join(entry.masks) or 'none'}). Prepare the store with that mask folder."
+            )
+
+    def _check_neighbours(self, entry: Entry, kept: tuple[int, ...]) -> None:
+        if not self.num_neighbours:
+            return
+        across = [entry.shape[axis] for axis in range(len(entry.shape)) if axis not in kept]
+        if not across:
+            raise DataError(
+                f"scan {entry.scan_key} is 2D and has no neighbouring slices, the task needs "
+                f"{self.num_neighbours} on each side. Leave 2D scans out (select.dims)."
+            )
+        wanted = 2 * self.num_neighbours + 1
+        if not self.repeat_slices and across[0] < wanted:
+            raise DataError(
+                f"scan {entry.scan_key} has {across[0]} slices, the task needs {wanted} different "
+                "ones. Make pretext.step smaller, or leave such scans out."
             )
 
     def kept_axes(self, entry: Entry) -> tuple[int, ...]:

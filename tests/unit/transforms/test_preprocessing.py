@@ -278,6 +278,7 @@ def test_the_scan_is_not_edited() -> None:
         {"intensity": {"window_hu": (100, -100)}},
         {"orientation": "LPS"},
         {"margin_mm": -1},
+        {"blank": ["tables"]},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(content) -> None:
@@ -289,6 +290,52 @@ def test_the_digest_follows_the_settings() -> None:
     one = PreprocessingConfig().versioned_digest()
     assert one == PreprocessingConfig(margin_mm=5).versioned_digest()
     assert one != PreprocessingConfig(margin_mm=6).versioned_digest()
+
+
+def test_a_config_that_blanks_nothing_keeps_the_address_it_had_before_one_could() -> None:
+    # Computed when the field did not exist; stores of that time must be found again.
+    wanted = "989e9c89b4107ad1695a7a76565e1a8311c6be41eb45e6151002f7df9820ede0"
+    assert PreprocessingConfig(blank=()).digest() == wanted
+    assert "blank" not in PreprocessingConfig().model_dump()
+    assert PreprocessingConfig(blank=("text",)).digest() != wanted
+
+
+def test_what_is_blanked_is_a_set() -> None:
+    both = PreprocessingConfig(blank=("text", "field_of_view"))
+    assert both == PreprocessingConfig(blank=("field_of_view", "text", "text"))
+    assert both == PreprocessingConfig.model_validate(both.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSL"])
+def test_padding_is_blanked_across_the_slices_before_voxels_are_resampled(axes) -> None:
+    from_centre = np.hypot(*(np.indices((40, 40)) - 19.5))
+    volume = np.where(from_centre[..., None] < 19, -1000.0, -3024.0) + np.zeros(6)
+    volume[from_centre < 12] = 0
+    intensity = IntensityConfig(kind="window_hu", window_hu=(-4000.0, 0.0))
+    config = PreprocessingConfig(
+        spacing_mm=(0.7, 0.8, 0.9), intensity=intensity, crop_foreground=False
+    )
+    scan, mask = scan_of(volume, affine_of(axes, (1, 1, 2)), "HU"), np.ones((40, 40, 6), np.uint8)
+    kept = preprocess(scan, {"m": mask}, config)
+    blanked = preprocess(scan, {"m": mask}, config.model_copy(update={"blank": ("field_of_view",)}))
+    assert float(kept.image_CS.min()) < 0.3
+    assert float(blanked.image_CS.min()) == pytest.approx(0.75, abs=1e-3)  # air, everywhere
+    np.testing.assert_array_equal(blanked.affine, kept.affine)
+    np.testing.assert_array_equal(blanked.masks["m"], kept.masks["m"])
+
+
+def test_letters_of_an_image_and_of_a_cine_are_blanked() -> None:
+    frames = np.random.default_rng(0).normal(10, 1, (64, 48, 3))
+    frames[20:50, 10:40] += 100
+    frames[4:6, 4:12], frames[4:12, 4:6] = 255, 255  # L
+    config = PreprocessingConfig(
+        blank=("text",), crop_foreground=False, intensity={"lower": 0, "upper": 100}
+    )
+    cine = Scan("k1", frames[np.newaxis].astype(np.float32), np.eye(4), "2D+t", "arbitrary")
+    still = scan_of(frames[..., 0], np.eye(4), dims="2D")
+    for prepared in (preprocess(cine, {}, config), preprocess(still, {}, config)):
+        assert float(prepared.image_CS[0, :16, :16].max()) < 0.2
+        assert float(prepared.image_CS[0, 20:50, 10:40].min()) > 0.8
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the hippocampus scans are not here")

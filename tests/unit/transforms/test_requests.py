@@ -97,6 +97,19 @@ def test_slices_of_a_volume_need_a_plane(flat_voxels: Entry) -> None:
         SampleRequest(2, (8, 8)).check(flat_voxels)
 
 
+def test_slices_without_neighbours_are_refused_where_the_task_needs_them(
+    flat_voxels: Entry,
+) -> None:
+    depth = flat_voxels.shape[2]
+    request = SampleRequest(2, (8, 8), "axial", num_neighbours=depth, repeat_slices=False)
+    with pytest.raises(DataError, match=f"has {depth} slices, the task needs {2 * depth + 1}"):
+        request.check(flat_voxels)
+    replace(request, repeat_slices=True).check(flat_voxels)
+    alone = replace(flat_voxels, dims="2D", shape=flat_voxels.shape[:2], spacing_mm=(1.0, 1.0))
+    with pytest.raises(DataError, match="is 2D and has no neighbouring slices"):
+        replace(request, repeat_slices=True).check(alone)
+
+
 def test_another_number_of_sequences_is_refused(flat_voxels: Entry) -> None:
     with pytest.raises(DataError, match="has 1 sequences, the task needs 2"):
         SampleRequest(2, (8, 8), "axial", num_sequences=2).check(flat_voxels)

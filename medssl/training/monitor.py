@@ -1,0 +1,149 @@
+"""Is a pretext task learning, stuck at chance, or solved too early to be honest?
+
+Nothing here changes training: it puts words to the numbers of each validation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from medssl.pretext.base import PretextTask
+from medssl.training.validation import Scores
+
+EARLY_SHARE = 0.5
+"""Share of the steps within which a solved task is suspicious: anatomy takes longer to learn."""
+
+STUCK_SHARE = 0.25
+STUCK_STEPS = 200
+"""A task at chance is stuck after this share of the steps, and at least this number of steps."""
+
+_DEVIATIONS = 2.58
+"""Of the binomial distribution of guessing: 99 % of guessers lie within."""
+
+State = Literal["at chance", "stuck", "learning", "healthy", "suspicious"]
+
+_REMEDIES = {
+    "stuck": (
+        "no better than guessing: lower the difficulty (fewer classes, larger tiles, fewer hidden "
+        "voxels), or change training.learning_rate"
+    ),
+    "suspicious": (
+        "solved early: a shortcut is likely; look at it with medssl pretext audit and preview, or "
+        "make the task harder"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Health:
+    """How one pretext task does.
+
+    Attributes:
+        state: see `judge`.
+        value: of the primary metric.
+        trivial: of the answer that needs no network.
+        step: steps done.
+    """
+
+    state: State
+    metric: str
+    value: float
+    trivial: float
+    step: int
+
+    def __str__(self) -> str:
+        """Return state, numbers and, where there is something to do, what."""
+        words = f"{self.state} ({self.metric} {self.value:.3g}, trivial {self.trivial:.3g})"
+        remedy = _REMEDIES.get(self.state)
+        return f"{words}: {remedy}" if remedy else words
+
+
+def judge(
+    task: PretextTask,
+    scores: Scores,
+    step: int,
+    num_steps: int,
+    solved_early: Collection[str] = (),
+) -> dict[str, Health]:
+    """Return the health of each part of a task, by its prefix.
+
+    ``at chance`` is no better than the trivial answer, ``stuck`` is that for too long,
+    ``learning`` is below the healthy range, ``suspicious`` is better than it early in training.
+
+    Args:
+        task: what was trained.
+        scores: what the validation found.
+        step: steps done.
+        num_steps: steps to be done.
+        solved_early: parts that an earlier validation found suspicious; they stay so while they
+            are solved.
+    """
+    found = {
+        prefix: _judge(part, prefix, scores, step, num_steps)
+        for prefix, part in task.parts().items()
+    }
+    return {
+        prefix: replace(health, state="suspicious")
+        if prefix in solved_early and health.state == "healthy"
+        else health
+        for prefix, health in found.items()
+    }
+
+
+def _judge(task: PretextTask, prefix: str, scores: Scores, step: int, num_steps: int) -> Health:
+    metric = prefix + task.primary_metric
+    value = scores.metrics.get(metric, math.nan)
+    trivial = task.chance_level
+    if trivial is None:
+        trivial = scores.metrics.get(f"{prefix}{task.trivial_metric}", math.nan)
+    state = _state(task, value, trivial, _margin(task, prefix, scores), step / max(1, num_steps))
+    if state == "at chance" and step >= max(STUCK_STEPS, STUCK_SHARE * num_steps):
+        state = "stuck"
+    return Health(state, metric, value, trivial, step)
+
+
+def _state(
+    task: PretextTask, value: float, trivial: float, margin: float, share_done: float
+) -> State:
+    sign = 1 if task.higher_is_better else -1
+    if not sign * (value - trivial) > margin:  # also where either is not a number
+        return "at chance"
+    low, high = task.healthy_range
+    worst, best = (low, high) if task.higher_is_better else (high, low)
+    if sign * (value - best) > 0 and share_done <= EARLY_SHARE:
+        return "suspicious"
+    return "learning" if sign * (value - worst) < 0 else "healthy"
+
+
+def _margin(task: PretextTask, prefix: str, scores: Scores) -> float:
+    """Return how far guessing may lie from chance, where the number of guesses is known."""
+    if task.chance_level is None or prefix not in scores.confusions:
+        return 0.0
+    count = max(1.0, float(scores.confusions[prefix].sum()))
+    return _DEVIATIONS * math.sqrt(task.chance_level * (1 - task.chance_level) / count)
+
+
+def summary(task: PretextTask, scores: Scores, health: dict[str, Health]) -> dict[str, Any]:
+    """Return all that a report shows of the last validation, as plain values for JSON."""
+    return {
+        "metrics": scores.metrics,
+        "parts": [
+            {
+                "task": part.name,
+                "metric": health[prefix].metric,
+                "value": health[prefix].value,
+                "trivial": health[prefix].trivial,
+                "healthy_range": list(part.healthy_range),
+                "state": health[prefix].state,
+                "words": str(health[prefix]),
+                "classes": list(part.class_names()),
+                "confusion": (
+                    scores.confusions[prefix].tolist() if prefix in scores.confusions else None
+                ),
+            }
+            for prefix, part in task.parts().items()
+        ],
+    }

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from medssl.config import load_config
+from medssl.errors import ConfigError, DataError, WeightsError
+from medssl.models.build import build_backbone
+from medssl.models.checkpoints import Contract, save_checkpoint
+from medssl.pipelines import gallery, prepare
+from medssl.pipelines import index as indexing
+from medssl.pipelines.contract import image_contract
+from medssl.pipelines.facts import data_digests
+from medssl.pipelines.pretrain import draw_splits
+from medssl.pipelines.study import StudyConfig
+from medssl.pipelines.transfer import build_tasks, labelled_patients, mask_folders
+from medssl.reports.gallery import PIXELS
+from medssl.scans.splits import Splits
+from samples import PLANTED
+from studies import settings, write_archive, write_config
+
+SIZE = (16, 16)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study's run folder whose backbones are saved and hold random weights; not to be changed."""
+    root = tmp_path_factory.mktemp("gallery")
+    content = settings(write_archive(root / "archive"), include_images=True)
+    content["splits"] = {"val_fraction": 0.4, "test_fraction": 0.3}
+    run = root / "runs" / "tiny"
+    run.mkdir(parents=True)
+    config = load_config(write_config(root / "tiny.yaml", content), StudyConfig)
+    (run / "config.yaml").write_text(config.to_yaml())
+    index = indexing.run(config.index, config.workplace / "index")
+    store = prepare.prepare(
+        index,
+        config.preprocessing,
+        prepare.store_folder(config.workplace, config.preprocessing),
+        masks=mask_folders(config),
+    )
+    tasks = build_tasks(config, config.sampling, index)
+    splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
+    splits.write(run / "splits.json")
+    digests = data_digests(index, store, splits, tasks.values())
+    (run / "provenance.json").write_text(json.dumps({"data": digests}))
+    request = config.sampling.request()
+    for number, label in enumerate(("rotation", "inpainting"), start=50):
+        backbone, _ = build_backbone(
+            config.backbone, config.inits["random"].init, in_channels=1, seed=number
+        )
+        contract = Contract(
+            **image_contract(store, request), in_channels=1, spatial_dims=2,
+            backbone=config.backbone.model_dump(mode="json"), init={"name": "random"},
+            pretext={"name": label}, index_digest=index.digest, store_digest=store.digest,
+            patients=splits.train, seed=0, steps=1, package_versions={},
+        )  # fmt: skip
+        save_checkpoint(run / "checkpoints" / label, backbone, contract)
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> gallery.Gallery:
+    return gallery.run(finished, tmp_path_factory.mktemp("out"), k=4)
+
+
+def changed(finished: Path, place: Path, **changes: Any) -> Path:
+    """Return a copy of the run folder with another configuration."""
+    run = place / "tiny"
+    shutil.copytree(finished, run)
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**content, **changes}))
+    return run
+
+
+def test_every_init_and_layer_has_a_row_beside_the_raw_pixels(made: gallery.Gallery):
+    table = made.table
+    assert list(dict.fromkeys(table["init"])) == [PIXELS, "random", "rotation", "inpainting"]
+    layers = table[table["init"] == "rotation"]["layer"].tolist()
+    assert len(layers) == 5
+    assert len(table) == 1 + 3 * len(layers)
+    assert table["share"].between(0, 1).all()
+    assert (table["ci_low"] <= table["share"]).all()
+    assert (table["share"] <= table["ci_high"]).all()
+    assert table["chance"].nunique() == 1
+    assert table["chance"].iloc[0] == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_inits_are_compared_with_the_reference_on_the_same_queries(made: gallery.Gallery):
+    table = made.table.set_index(["init", "layer"])
+    for (init, layer), row in table.iterrows():
+        if init in ("random", PIXELS):
+            assert row["reference"] == ""
+            continue
+        wanted = row["share"] - table.loc[("random", layer), "share"]
+        assert row["difference"] == pytest.approx(wanted)
+        assert row["difference_low"] <= wanted <= row["difference_high"]
+
+
+def test_the_files_hold_what_is_returned(made: gallery.Gallery):
+    written = pd.read_csv(made.folder / "gallery.csv", keep_default_na=False)
+    assert written["share"].to_numpy() == pytest.approx(made.table["share"].to_numpy())
+    facts = json.loads((made.folder / "gallery.json").read_text())
+    assert facts == made.facts
+    assert facts["k"] == 4
+    assert facts["patch_size"] == list(SIZE)
+    assert facts["num_patches"].keys() == {"background", "liver", "lesion"}
+    assert "1" in facts["inits"]["rotation"]  # tensors loaded
+    assert facts["inits"]["random"] == "random: no weights loaded"
+    assert (made.folder / "gallery_layers.png").read_bytes().startswith(b"\x89PNG")
+    assert (made.folder / "gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_validation_patients_are_looked_at(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    real = gallery.cut_patches
+
+    def cut(*arguments: Any, **settings: Any) -> Any:
+        seen.append(real(*arguments, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(gallery, "cut_patches", cut)
+    gallery.run(changed(finished, tmp_path, include_images=False), k=4)
+    (patches,) = seen
+    assert set(patches.patient_keys) == set(Splits.read(finished / "splits.json").val)
+
+
+def test_a_second_start_writes_the_same_bytes(
+    made: gallery.Gallery, finished: Path, tmp_path: Path
+):
+    again = gallery.run(finished, tmp_path, k=4)
+    for name in ("gallery.csv", "gallery.json", "gallery.png", "gallery_layers.png"):
+        assert (again.folder / name).read_bytes() == (made.folder / name).read_bytes(), name
+
+
+def test_weights_are_those_of_the_checkpoint_of_each_label(made: gallery.Gallery):
+    by_init = {init: part["share"].tolist() for init, part in made.table.groupby("init")}
+    assert by_init["rotation"] != by_init["inpainting"]
+    assert by_init["rotation"] != by_init["random"]
+
+
+def test_pictures_of_patients_are_written_only_where_the_study_includes_them(
+    finished: Path, tmp_path: Path
+):
+    run = changed(finished, tmp_path, include_images=False)
+    (run / "gallery").mkdir()
+    (run / "gallery" / "gallery.png").write_bytes(b"of an earlier start")
+    found = gallery.run(run, k=4)
+    assert found.folder == run / "gallery"
+    assert not (found.folder / "gallery.png").exists()
+    assert (found.folder / "gallery_layers.png").is_file()
+
+
+def test_another_layer_can_be_pictured(finished: Path, made: gallery.Gallery, tmp_path: Path):
+    first, last = made.table["layer"].iloc[1], made.table["layer"].iloc[-1]
+    assert made.facts["layer"] == last
+    run = changed(finished, tmp_path, include_images=False)
+    assert gallery.run(run, k=4, layer=first).facts["layer"] == first
+
+
+def test_nothing_written_names_a_person(made: gallery.Gallery):
+    text = "".join((made.folder / name).read_text() for name in ("gallery.csv", "gallery.json"))
+    text += "\n".join(gallery.describe(made))
+    assert not any(needle in text for needle in PLANTED)
+
+
+def test_the_outcome_is_told_with_interval_chance_and_reference(made: gallery.Gallery):
+    lines = gallery.describe(made)
+    assert "Share of the 4 nearest patches of other patients" in lines[0]
+    assert f"drawn blindly {made.facts['chance']:.3f}" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        PIXELS, "random", "rotation", "inpainting",
+    ]  # fmt: skip
+    assert "against random" in lines[-1]
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "contract.json"])
+def test_a_backbone_that_is_not_there_is_named(finished: Path, tmp_path: Path, name: str):
+    run = changed(finished, tmp_path)
+    (run / "checkpoints" / "rotation" / name).unlink()
+    with pytest.raises(
+        WeightsError,
+        match="'tiny' has no pretrained backbone for rotation .*Let the study finish first",
+    ):
+        gallery.run(run, k=4)
+
+
+def test_weights_of_another_backbone_are_refused(finished: Path, tmp_path: Path):
+    content = yaml.safe_load((finished / "config.yaml").read_text())
+    run = changed(finished, tmp_path, backbone={**content["backbone"], "base_channels": 4})
+    with pytest.raises(WeightsError, match="made under another contract"):
+        gallery.run(run, k=4)
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="is not the run folder of a study: it has no config"):
+        gallery.run(tmp_path)
+
+
+def test_a_study_without_masks_is_refused(finished: Path, tmp_path: Path):
+    content = yaml.safe_load((finished / "config.yaml").read_text())
+    run = changed(finished, tmp_path, tasks=content["tasks"][1:])
+    (run / "provenance.json").unlink()
+    with pytest.raises(ConfigError, match="no task of the study has masks"):
+        gallery.run(run, k=4)
+
+
+def test_data_that_have_changed_since_are_refused(finished: Path, tmp_path: Path):
+    run = changed(finished, tmp_path)
+    pinned = json.loads((run / "provenance.json").read_text())
+    pinned["data"]["store"] = "another"
+    (run / "provenance.json").write_text(json.dumps(pinned))
+    with pytest.raises(DataError, match=r"the data have changed since the study was run \(store\)"):
+        gallery.run(run, k=4)
+
+
+def test_a_layer_that_is_not_there_is_refused(finished: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no layer 'layer9'. There are: "):
+        gallery.run(finished, tmp_path, k=4, layer="layer9")
+
+
+def test_queries_are_of_all_structures_and_of_different_patients(made: gallery.Gallery):
+    patches = gallery.Patches(
+        images=np.zeros(0), classes=np.tile([0, 1, 2], 20), patients=np.repeat(np.arange(20), 3),
+        class_names=("background", "a", "b"), patient_keys=(), scan_keys=(),
+    )  # fmt: skip
+    chosen = gallery._queries(patches, np.random.default_rng(0))
+    assert patches.classes[chosen].tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(set(patches.patients[chosen])) == 6

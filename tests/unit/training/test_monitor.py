@@ -1,0 +1,69 @@
+"""The monitor: at chance, stuck, learning, healthy, suspicious."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from medssl.training.monitor import Health, judge, summary
+from medssl.training.validation import Scores
+from training import pretext_task
+
+ROTATION = pretext_task("rotation", 2)  # chance .25, healthy .5 to .99
+INPAINTING = pretext_task("inpainting", 2)
+
+
+def confusion(accuracy: float, each: int = 100) -> torch.Tensor:
+    matrix = torch.full((4, 4), each * (1 - accuracy) / 3)
+    return matrix.fill_diagonal_(each * accuracy)
+
+
+def rotation_health(accuracy: float, step: int, solved: tuple[str, ...] = ()) -> Health:
+    scores = Scores({"accuracy": accuracy}, {"": confusion(accuracy)})
+    return judge(ROTATION, scores, step, 1000, solved)[""]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "step", "state"),
+    [
+        (0.25, 100, "at chance"),
+        (0.30, 100, "at chance"),  # within the noise of 400 guesses
+        (0.25, 300, "stuck"),
+        (0.40, 300, "learning"),
+        (0.80, 300, "healthy"),
+        (0.995, 300, "suspicious"),
+        (0.995, 900, "healthy"),  # late, it may be solved
+        (math.nan, 300, "stuck"),
+    ],
+)
+def test_the_state_follows_the_accuracy_and_the_step(accuracy, step, state):
+    assert rotation_health(accuracy, step).state == state
+
+
+def test_what_was_solved_early_stays_suspicious_while_it_is_solved():
+    assert rotation_health(0.995, 900, ("",)).state == "suspicious"
+    assert rotation_health(0.4, 900, ("",)).state == "learning"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(0.3, "at chance"), (0.15, "learning"), (0.05, "healthy")]
+)
+def test_restoring_is_judged_by_the_trivial_fill(error, state):
+    scores = Scores({"masked_l1": error, "mean_fill_l1": 0.2})
+    assert judge(INPAINTING, scores, 100, 1000)[""].state == state
+
+
+def test_people_are_told_what_to_do():
+    assert "lower the difficulty" in str(rotation_health(0.25, 300))
+    assert "medssl pretext audit" in str(rotation_health(0.995, 300))
+    assert str(rotation_health(0.8, 300)) == "healthy (accuracy 0.8, trivial 0.25)"
+
+
+def test_the_summary_holds_the_confusion_matrix_by_class():
+    scores = Scores({"accuracy": 0.8}, {"": confusion(0.8)})
+    part = summary(ROTATION, scores, judge(ROTATION, scores, 100, 1000))["parts"][0]
+    assert part["classes"] == ["+X+Y", "+Y-X", "-X-Y", "-Y+X"]
+    assert part["confusion"][0][0] == pytest.approx(80)
+    assert part["state"] == "healthy"
