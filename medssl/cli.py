@@ -503,7 +503,7 @@ def pretext() -> None:
 @pretext.command("preview")
 @_CONFIG
 @_OVERRIDES
-@_out("Folder for one PNG a task. Default: runs/preview.")
+@_out("Folder for one PNG a task. Default: runs/preview/<name of the config>.")
 @_DRY_RUN
 @_JSON
 def pretext_preview(
@@ -516,7 +516,8 @@ def pretext_preview(
     """
     from medssl.pipelines import preview as pipeline
 
-    loaded, folder = pipeline.read_config(config, overrides), out or pipeline.DEFAULT_FOLDER
+    loaded = pipeline.read_config(config, overrides)
+    folder = out or pipeline.DEFAULT_FOLDER / config.stem
     if dry_run:
         _print(pipeline.plan(loaded, folder), as_json)
         return
@@ -532,7 +533,7 @@ def pretext_preview(
 @pretext.command("audit")
 @_CONFIG
 @_OVERRIDES
-@_out("Folder for tables and figures. Default: runs/shortcuts.")
+@_out("Folder for tables and figures. Default: runs/shortcuts/<name of the config>.")
 @click.option(
     "--steps", type=click.IntRange(min=1),
     help="Steps of each probe. Default: those of the config, at most 200.",
@@ -553,7 +554,7 @@ def pretext_audit(
     from medssl.pipelines import shortcuts as pipeline
     from medssl.pipelines.preview import read_config
 
-    loaded, folder = read_config(config, overrides), out or pipeline.DEFAULT_FOLDER
+    loaded, folder = read_config(config, overrides), out or pipeline.DEFAULT_FOLDER / config.stem
     if dry_run:
         _print(pipeline.plan(loaded, folder, steps=steps), as_json)
         return

@@ -1,6 +1,6 @@
 """Pretrain a backbone, and take it into code of your own.
 
-python workflows/pretrain.py configs/pretrain/rotation.yaml runs/rotation
+python workflows/pretrain.py configs/pretrain/rotation_3d.yaml runs/rotation
 """
 
 import sys

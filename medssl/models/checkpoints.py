@@ -42,6 +42,7 @@ class Contract(Config):
         orientation: canonical orientation of the prepared scans, for example ``RAS``.
         axis_order: axes of an image as the backbone takes it: ``CXY`` or ``CXYZ``.
         intensity: the rule that brought intensities to [0, 1].
+        blank: what was blanked before: burned-in text, the padding around a field of view.
         in_channels: channels of an image.
         spatial_dims: 2 or 3.
         plane: the plane that 2D slices of 3D scans were cut in, if any.
@@ -49,6 +50,7 @@ class Contract(Config):
         init: the init's configuration without paths, and the hash of its file.
         pretext: the pretext task's configuration; None: not pretrained here.
         permutation_set_hash: of tasks that use a permutation set.
+        permutation_set: its kind, size, and least and mean Hamming distance.
         index_digest: of the index the scans came from.
         store_digest: of the prepared scans.
         patients: keys of the patients whose scans were trained on.
@@ -64,6 +66,7 @@ class Contract(Config):
     orientation: str
     axis_order: Literal["CXY", "CXYZ"]
     intensity: dict[str, Any]
+    blank: tuple[str, ...] = ()
     in_channels: int
     spatial_dims: Literal[2, 3]
     plane: Literal["sagittal", "coronal", "axial"] | None = None
@@ -71,6 +74,7 @@ class Contract(Config):
     init: dict[str, Any]
     pretext: dict[str, Any] | None = None
     permutation_set_hash: str | None = None
+    permutation_set: dict[str, Any] | None = None
     index_digest: str
     store_digest: str
     patients: tuple[str, ...]

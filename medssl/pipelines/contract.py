@@ -21,6 +21,7 @@ def image_contract(store: Store, request: SampleRequest) -> dict[str, Any]:
         "spacing_mm": preprocessing.spacing_mm,
         "orientation": preprocessing.orientation,
         "intensity": preprocessing.intensity.model_dump(mode="json"),
+        "blank": preprocessing.blank,
         "axis_order": "CXYZ" if request.spatial_dims == 3 else "CXY",
         "plane": request.plane,
     }

@@ -266,7 +266,7 @@ def pretrain_backbone(
         state.load(folder / _STATE_FILE, job.device)
     pool = pretraining_pool(store, splits)
     handle.tag("pool_patients", len(pool))
-    validation = CropSampler(store, _scans(store, splits.val), request, job.seed, "validation")
+    validation = CropSampler(store, scans_of(store, splits.val), request, job.seed, "validation")
     seed = derive_seed(job.seed, "pretrain", job.label)
     puzzles = ValidationPuzzles(
         task, validation, job.section.validation_batches, training, job.seed, job.device
@@ -276,12 +276,12 @@ def pretrain_backbone(
 
     def log(step: int, metrics: dict[str, float]) -> None:
         handle.log(step, metrics)
-        progress(stage, step, training.steps, _note(metrics, watch.states))
+        progress(stage, step, training.steps, _note(task, metrics, watch.states))
 
     train(
         state,
         task,
-        CropSampler(store, _scans(store, pool), request, seed, "pretrain"),
+        CropSampler(store, scans_of(store, pool), request, seed, "pretrain"),
         training,
         seed=seed,
         device=job.device,
@@ -328,7 +328,11 @@ class _Watch:
         # Kept with the training state: solved early stays suspicious, also after a restart.
         solved = self._state.notes.setdefault("solved_early", [])
         health = judge(task, scores, step, self._job.section.training.steps, solved)
-        solved[:] = [prefix for prefix, found in health.items() if found.state == "suspicious"]
+        solved += [
+            prefix
+            for prefix, found in health.items()
+            if found.state == "suspicious" and prefix not in solved
+        ]
         for prefix, found in health.items():
             self._handle.tag(f"health.{prefix}".rstrip("._"), f"step {step}: {found}")
         self.states = ", ".join(
@@ -373,13 +377,19 @@ def _earlier_patients(init: ComponentConfig) -> tuple[str, ...]:
     return load_contract(path).patients if init.name == "checkpoint" and path else ()
 
 
-def _scans(store: Store, patients: Sequence[str]) -> list[str]:
+def scans_of(store: Store, patients: Sequence[str]) -> list[str]:
+    """Return the prepared scans of some patients."""
     wanted = set(patients)
     return [key for key in store.scan_keys if store.entry(key).patient_key in wanted]
 
 
-def _note(metrics: dict[str, float], states: str) -> str:
-    validated = [name for name in metrics if name.startswith("val/")]
-    shown = validated or [name for name in metrics if name.startswith("train/")]
-    words = [f"{name.split('/')[1]} {metrics[name]:.3g}" for name in shown]
-    return ", ".join([*words, states] if validated else words)
+def _note(task: PretextTask, metrics: dict[str, float], states: str) -> str:
+    """Return what the progress line shows: the loss, what people judge by, and how it does."""
+    side = "val/" if any(name.startswith("val/") for name in metrics) else "train/"
+    primary = [prefix + part.primary_metric for prefix, part in task.parts().items()]
+    words = [
+        f"{name} {metrics[side + name]:.3g}"
+        for name in ["loss", *primary]
+        if side + name in metrics
+    ]
+    return ", ".join([*words, states] if side == "val/" else words)

@@ -17,6 +17,7 @@ from medssl.pipelines.pretrain import (
     draw_splits,
     patients_of,
     pretraining_pool,
+    scans_of,
 )
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.study import StudyConfig
@@ -160,12 +161,6 @@ def gather(config: PretextConfigFile, progress: Progress = silent) -> tuple[Inde
     )
     splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
     return index, store, splits
-
-
-def scans_of(store: Store, patients: Sequence[str]) -> list[str]:
-    """Return the prepared scans of some patients."""
-    wanted = set(patients)
-    return [key for key in store.scan_keys if store.entry(key).patient_key in wanted]
 
 
 def _rows(

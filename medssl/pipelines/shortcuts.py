@@ -28,8 +28,8 @@ from medssl.atomic import atomic_write
 from medssl.errors import DataError
 from medssl.models.build import build_backbone
 from medssl.pipelines.contract import image_contract
-from medssl.pipelines.pretrain import PretrainConfig, Pretraining, pretraining_pool
-from medssl.pipelines.preview import PretextConfigFile, gather, jobs_of, scans_of
+from medssl.pipelines.pretrain import PretrainConfig, Pretraining, pretraining_pool, scans_of
+from medssl.pipelines.preview import PretextConfigFile, gather, jobs_of
 from medssl.pipelines.progress import Progress, silent
 from medssl.pretext._shortcuts import (
     BODY_MASK,
@@ -504,7 +504,8 @@ def _score(
             f"pretext {task.name}: none of {drawn} puzzles of validation patients counts: each "
             "lacks foreground. Raise sampling.min_foreground, or lower pretext.min_foreground."
         )
-    return _Score(name, shown, (), task.chance_level, right, counted)
+    commonest = float(confusion.sum(1).max()) / counted  # always given, it is right as often
+    return _Score(name, shown, (), max(task.chance_level, commonest), right, counted)
 
 
 def _judged(task: PretextTask, score: _Score, whole: Row | None) -> Row:

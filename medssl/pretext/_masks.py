@@ -105,6 +105,7 @@ def block_mask(images: Tensor, block: int, ratio: float, generator: torch.Genera
     body = body_mask(images)
     share = pool(body.float(), sides, stride=sides, ceil_mode=True).flatten(1)
     flat = (level >= air_level(grey).reshape(-1, *[1] * (level.ndim - 1)) - _ROUNDING).flatten(1)
+    flat = flat & (share > 0)  # what is bright in the mean of the channels may be air in each
     count = (flat.sum(1, keepdim=True) * ratio).round().clamp(min=1)
     # Where every block is mostly air, the one that holds most of the body.
     flat = flat | (~flat.any(1, keepdim=True) & (share == share.amax(1, keepdim=True)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.models.backbones.base import Backbone
-from medssl.pretext.base import PretextBatch, PretextTask, not_air
+from medssl.pretext.base import PretextBatch, PretextTask, air_level
 from medssl.transforms.sampling import Sample
 
 BLANK = 0.5
@@ -53,12 +53,14 @@ def strip_width(side: int) -> int:
     return max(1, side // BORDER_SHARE)
 
 
-def body_mask(images: Tensor) -> Tensor:
-    """Return 1 where an image (N, C, *S) in [0, 1] is not air, and 0 elsewhere.
+def silhouette(images: Tensor) -> Tensor:
+    """Return 1 where a channel of images (N, C, *S) in [0, 1] is not air, and 0 elsewhere.
 
-    Taken of images before the puzzle is made: a standardised tile no longer tells what is air.
+    Each channel has its own, as channels may be slices or sequences that a task takes apart. Taken
+    of images before the puzzle is made: a standardised tile no longer tells what is air.
     """
-    return not_air(images).expand_as(images).to(images.dtype)
+    level = air_level(images).reshape(*images.shape[:2], *[1] * (images.ndim - 2))
+    return (images >= level).to(images.dtype)
 
 
 def mean_deviation(views: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def _thumbnail_shown(sides: tuple[int, ...]) -> str:
 
 EVERYTHING = Shortcut("everything", lambda _: "the puzzle as it is")
 BORDER = Shortcut("border", _border_shown, of_views=border)
-BODY_MASK = Shortcut("body_mask", lambda _: "where there is no air", of_images=body_mask)
+BODY_MASK = Shortcut("body_mask", lambda _: "where there is no air", of_images=silhouette)
 MEAN_DEVIATION = Shortcut(
     "mean_deviation", lambda _: "mean and deviation of a view", of_views=mean_deviation
 )

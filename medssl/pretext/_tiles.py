@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from medssl.errors import ConfigError
@@ -41,6 +41,15 @@ class LevelsConfig(PretextConfig):
     min_foreground: float = Field(default=0.1, ge=0, le=1)
     standardise: bool = True
     intensity_jitter: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> LevelsConfig:
+        if self.standardise and self.intensity_jitter:
+            raise ValueError(
+                f"intensity_jitter {self.intensity_jitter} has no effect on parts that are "
+                "standardised; set standardise: false with it"
+            )
+        return self
 
 
 class TilesConfig(LevelsConfig):

@@ -187,13 +187,17 @@ class PretextTask(ABC):
     def confusion(self, output: Any, batch: PretextBatch) -> Tensor | None:
         """Return how often each class was answered with each, (true, answered), on the device.
 
-        ``None`` for tasks that do not classify.
+        ``None`` for tasks that do not classify, or among more than `MOST_CONFUSED` classes.
         """
         return None
 
     def class_names(self) -> Sequence[str]:
         """Return what people call the classes, in order; empty for tasks that do not classify."""
         return ()
+
+
+MOST_CONFUSED = 1000
+"""Classes up to which a confusion matrix is kept: its size grows with their square."""
 
 
 class ClassificationTask(PretextTask):
@@ -226,7 +230,9 @@ class ClassificationTask(PretextTask):
         accuracy = (right * weight).sum() / weight.sum()
         return {"accuracy": accuracy, "rejection_rate": 1 - weight.mean()}
 
-    def confusion(self, output: Tensor, batch: PretextBatch) -> Tensor:
+    def confusion(self, output: Tensor, batch: PretextBatch) -> Tensor | None:
+        if self.num_classes > MOST_CONFUSED:
+            return None
         weight = batch.extras.get("weight", torch.ones_like(batch.target, dtype=torch.float32))
         true = functional.one_hot(batch.target, self.num_classes).float() * weight[:, None]
         answered = functional.one_hot(output.detach().argmax(1), self.num_classes).float()

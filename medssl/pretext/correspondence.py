@@ -27,7 +27,7 @@ from medssl.pretext.base import (
     answer_title,
     middle_slice,
 )
-from medssl.transforms.sampling import SampleRequest
+from medssl.transforms.sampling import Sample, SampleRequest
 
 _NUM_PANELS = 3
 
@@ -37,7 +37,8 @@ class Config(LevelsConfig):
 
     Attributes:
         negatives: what a pair that does not belong together is made of: ``other_place`` of the
-            same image, the same part of an image of ``other_patient``, or ``both`` at random.
+            same image, the same part of an image of ``other_patient`` (another scan of the batch;
+            where the batch holds one scan alone, another place), or ``both`` at random.
         view: side of a view, as a share of the crop's. All views of all pairs are cut alike.
         min_foreground, standardise, intensity_jitter: of each view.
         hidden: units of the hidden layer of the head.
@@ -67,7 +68,7 @@ def other_places(start: Tensor, room: tuple[int, ...], generator: torch.Generato
     """
     device = start.device
     share, weight = torch.rand((2, *start.shape), device=device, generator=generator)
-    places = torch.tensor(room, device=device) + 1
+    places = (torch.tensor(room) + 1).to(device, non_blocking=True)
     # The axis of the largest random number among those with room.
     axes = torch.arange(len(room), device=device)
     far = ((weight + 1) * (places > 1)).argmax(1, keepdim=True) == axes
@@ -122,8 +123,24 @@ class Correspondence(ClassificationTask):
     def _size(self, crop_size: Sequence[int]) -> tuple[int, ...]:
         return tuple(max(1, round(side * self.config.view)) for side in crop_size)
 
+    def batch_of(self, sample: Sample, generator: torch.Generator) -> PretextBatch:
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(sample.scan_keys))}
+        scans = torch.tensor([numbers[key] for key in sample.scan_keys])
+        scans = scans.to(sample.images.device, non_blocking=True)
+        return self._puzzles(sample.images, scans, generator)
+
     def make_batch(self, images: Tensor, generator: torch.Generator) -> PretextBatch:
+        """Make puzzles of images that are each of another scan; see `batch_of`."""
+        scans = torch.arange(len(images), device=images.device)
+        return self._puzzles(images, scans, generator)
+
+    def _puzzles(self, images: Tensor, scans: Tensor, generator: torch.Generator) -> PretextBatch:
         """Make one puzzle of each image; half of them, to within one, belong together.
+
+        Args:
+            images: (B, C, *S).
+            scans: (B,) the same number for images of the same scan, which are no strangers.
+            generator: on the images' device.
 
         Raises:
             ConfigError: the images have one channel.
@@ -146,7 +163,7 @@ class Correspondence(ClassificationTask):
         size = self._size(images.shape[2:])
         room = tuple(side - part for side, part in zip(images.shape[2:], size, strict=True))
         share = torch.rand((num_images, len(room)), device=device, generator=generator)
-        limit = torch.tensor(room, device=device)
+        limit = torch.tensor(room).to(device, non_blocking=True)
         start = (share * (limit + 1)).floor().long().minimum(limit)
 
         # What each image's pair would be if it did not belong together.
@@ -158,7 +175,9 @@ class Correspondence(ClassificationTask):
             if self.config.negatives == "both":
                 foreign = torch.rand(num_images, device=device, generator=generator) < 0.5
             shift = torch.randint(1, num_images, (1,), device=device, generator=generator)
-            stranger = torch.where(foreign, (own + shift) % num_images, own)
+            other = (own + shift) % num_images
+            foreign = foreign & (scans != scans[other])
+            stranger = torch.where(foreign, other, own)
         elsewhere = torch.where(foreign[:, None], start, other_places(start, room, generator))
 
         # One channel each: (B, 1, *size).

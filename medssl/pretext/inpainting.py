@@ -23,7 +23,7 @@ from medssl.pretext.base import Panel, PretextBatch, PretextConfig, PretextTask,
 
 _NUM_PANELS = 3
 
-_BASELINE_IMAGES, _BASELINE_VOXELS = 4, 2**21
+_BASELINE_IMAGES, _BASELINE_VOXELS = 32, 2**16
 """Most images that are filled for comparison, and their voxels in all; but one image at least."""
 
 _DISCRIMINATOR_CHANNELS = (32, 64, 128)
@@ -162,7 +162,8 @@ class Inpainting(PretextTask):
     def loss(self, output: Tensor | Judged, batch: PretextBatch) -> Tensor:
         loss = self._error(_restored(output).float(), batch)
         if isinstance(output, Judged):
-            loss = loss + self.config.adversarial * _adversarial_loss(output, batch)
+            loss = loss + _discriminator_loss(output, batch)
+            loss = loss + self.config.adversarial * _deceiving_loss(output, batch)
         return loss
 
     def loss_of_guessing(self, batch: PretextBatch) -> Tensor:
@@ -190,8 +191,8 @@ class Inpainting(PretextTask):
     def baselines(self, batch: PretextBatch) -> dict[str, float]:
         """Fill a few images smoothly from what surrounds the holes.
 
-        These are the first images of the batch: at most four, and no more than together make 2
-        million voxels, but one at least. Volumes of more than 32 x 32 x 32 voxels are filled slice
+        These are the first images of the batch: at most 32, and no more than together make 65,536
+        voxels, but one at least. Volumes of more than 32 x 32 x 32 voxels are filled slice
         by slice.
         """
         target = batch.target.detach().float().cpu()
@@ -235,16 +236,22 @@ def _blank(images: Tensor) -> Tensor:
 
 
 def _scores(name: str, answer: Tensor, batch: PretextBatch, with_ssim: bool) -> dict[str, Tensor]:
-    """Return error, PSNR and SSIM of an answer inside the holes, means over the batch."""
+    """Return error, PSNR and SSIM of an answer inside the holes, means over the images."""
     target, scored = batch.target.float(), batch.extras["scored"]
+    # An image without a voxel to score has no score, and is passed over.
+    none = ~scored.flatten(1).any(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.masked_fill(none, torch.nan).nanmean()
+
     scores = {
-        f"{name}_l1": masked_mean((answer - target).abs(), scored).mean(),
-        f"{name}_psnr": masked_psnr(answer, target, scored).mean(),
+        f"{name}_l1": mean(masked_mean((answer - target).abs(), scored)),
+        f"{name}_psnr": mean(masked_psnr(answer, target, scored)),
     }
     if with_ssim:
         # Around the holes, SSIM compares what people would look at: the image itself.
         composite = torch.where(batch.extras["hidden"], answer, target)
-        scores[f"{name}_ssim"] = masked_ssim(composite, target, scored).mean()
+        scores[f"{name}_ssim"] = mean(masked_ssim(composite, target, scored))
     return scores
 
 
@@ -255,17 +262,24 @@ def _patches(output: Judged, batch: PretextBatch) -> Tensor:
     return pool(batch.extras["hidden"].float(), output.real.shape[2:]) > 0
 
 
-def _adversarial_loss(output: Judged, batch: PretextBatch) -> Tensor:
-    """Return the discriminator's loss plus the decoder's, which wants to be taken for real.
+def _discriminator_loss(output: Judged, batch: PretextBatch) -> Tensor:
+    """Return the discriminator's own loss; the decoder has no part in it.
 
-    Source: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014: the decoder raises
-    log D instead of lowering log (1 - D), whose gradient vanishes while it is easily seen through.
+    Source: Goodfellow et al., "Generative adversarial nets", NeurIPS 2014.
     """
-    patches = _patches(output, batch)
-    judgements = ((output.real, 1.0), (output.fake, 0.0), (output.deceived, 1.0))
-    loss = output.real.new_zeros((), dtype=torch.float32)
-    for logits, wanted in judgements:
-        answer = torch.full_like(logits, wanted, dtype=torch.float32)
-        each = functional.binary_cross_entropy_with_logits(logits.float(), answer, reduction="none")
-        loss = loss + masked_mean(each, patches).mean()
-    return loss
+    return _judgement(output.real, 1.0, output, batch) + _judgement(output.fake, 0.0, output, batch)
+
+
+def _deceiving_loss(output: Judged, batch: PretextBatch) -> Tensor:
+    """Return the decoder's loss, which wants to be taken for real.
+
+    It raises log D instead of lowering log (1 - D), whose gradient vanishes while the decoder is
+    easily seen through (same source).
+    """
+    return _judgement(output.deceived, 1.0, output, batch)
+
+
+def _judgement(logits: Tensor, wanted: float, output: Judged, batch: PretextBatch) -> Tensor:
+    answer = torch.full_like(logits, wanted, dtype=torch.float32)
+    each = functional.binary_cross_entropy_with_logits(logits.float(), answer, reduction="none")
+    return masked_mean(each, _patches(output, batch)).mean()

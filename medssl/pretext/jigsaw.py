@@ -169,7 +169,16 @@ class Jigsaw(ClassificationTask):
         return replace(base, allow_padding=False)
 
     def contract(self) -> dict[str, Any]:
-        return {"permutation_set_hash": self.permutation_set.hash}
+        made = self.permutation_set
+        return {
+            "permutation_set_hash": made.hash,
+            "permutation_set": {
+                "name": made.name,
+                "size": len(made.permutations),
+                "min_hamming": made.min_hamming,
+                "mean_hamming": made.mean_hamming,
+            },
+        }
 
     def make_batch(self, images: Tensor, generator: torch.Generator) -> PretextBatch:
         config = self.config

@@ -29,6 +29,10 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """Multiples of it modulo 1 are spread evenly: shares are met in every stretch of steps."""
 
 
+_LEAST_UNIT = 1e-3
+"""Of the loss of the trivial answer, for images in [0, 1]: less is a batch without contrast."""
+
+
 class Phase(BaseConfig):
     """A stretch of training with shares of its own.
 
@@ -192,14 +196,16 @@ class MultiTask(PretextTask):
         task = self.tasks[batch.task]
         loss: Tensor = task.loss(output, batch) * self.config.weights.get(batch.task, 1.0)
         if self.config.balance == "chance":
-            loss = loss / task.loss_of_guessing(batch)
+            loss = loss / _unit(task, batch)
         return loss
 
     def metrics(self, output: Any, batch: PretextBatch) -> dict[str, Tensor]:
         task = self.tasks[batch.task]
         metrics = task.metrics(output, batch)
         loss = task.loss(output, batch).detach()
-        relative = loss / task.loss_of_guessing(batch)
+        relative = loss / _unit(task, batch)
+        if "weight" in batch.extras:  # a batch without a puzzle that counts says nothing
+            relative = torch.where(batch.extras["weight"].sum() > 0, relative, torch.nan)
         named = {f"{batch.task}_{name}": value for name, value in metrics.items()}
         return {
             "relative_loss": relative,
@@ -252,3 +258,10 @@ def _own_channels(images: Tensor, own: SampleRequest) -> Tensor:
     apart = images.unflatten(1, (own.num_sequences, read))
     inner: Tensor = apart.narrow(2, (read - wanted) // 2, wanted)
     return inner.flatten(1, 2)
+
+
+def _unit(task: PretextTask, batch: PretextBatch) -> Tensor | float:
+    """Return the loss of the trivial answer, in which a task's loss is measured."""
+    unit = task.loss_of_guessing(batch)
+    # A blank batch is restored by anything: its loss shall not become infinite.
+    return unit.clamp(min=_LEAST_UNIT) if isinstance(unit, Tensor) else unit

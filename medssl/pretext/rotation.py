@@ -159,6 +159,8 @@ class Rotation(ClassificationTask):
         return PooledHead(backbone.stages[-1].channels, self.num_classes, self.config.hidden)
 
     def class_names(self) -> Sequence[str]:
+        if self.spatial_dims == 2:
+            return [f"{90 * turn}°" for turn in range(self.num_classes)]
         return [turn_name(matrix) for matrix in self.matrices]
 
     def panels(self, batch: PretextBatch, output: Tensor | None) -> list[list[Panel]]:
@@ -176,7 +178,7 @@ class Rotation(ClassificationTask):
 
 
 def turn_name(matrix: Tensor) -> str:
-    """Return a turn by where it sends the axes: ``+X+Y`` is none, ``+Y-X`` a quarter turn."""
+    """Return a turn by where it sends the axes: ``+X+Y+Z`` is none, ``+Y-X+Z`` a quarter turn."""
     names = []
     for column in matrix.T.tolist():
         axis = next(axis for axis, value in enumerate(column) if value)

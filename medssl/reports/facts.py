@@ -31,7 +31,7 @@ def warnings_of(contents: Contents) -> list[str]:
         f"Pretext task {part['task']} of {init_name(name)}: {part['words']}."
         for name, validation in contents.validations.items()
         for part in validation.get("parts", [])
-        if part["state"] in ("stuck", "suspicious")
+        if part["state"] in ("stuck", "suspicious", "nothing counts")
     ]
     return found
 
@@ -43,14 +43,18 @@ def pretext_rows(contents: Contents) -> list[dict[str, str]]:
             "init": init_name(name),
             "task": str(part["task"]),
             "metric": str(part["metric"]),
-            "value": f"{part['value']:.3g}",
-            "trivial": f"{part['trivial']:.3g}",
+            "value": _shown(part["value"]),
+            "trivial": _shown(part["trivial"]),
             "healthy": " to ".join(f"{bound:.3g}" for bound in part["healthy_range"]),
             "state": str(part["state"]),
         }
         for name, validation in contents.validations.items()
         for part in validation.get("parts", [])
     ]
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def limits(contents: Contents) -> list[str]:

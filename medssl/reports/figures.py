@@ -135,7 +135,7 @@ def pretraining_pictures(contents: Contents) -> list[Picture]:
     pictures = []
     for run in contents.pretraining:
         trivial = {
-            str(part["metric"]): float(part["trivial"])
+            str(part["metric"]): part["trivial"]
             for part in contents.validations.get(run.name, {}).get("parts", [])
         }
         for metric in _pretraining_metrics(run, list(trivial)):

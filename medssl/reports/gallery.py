@@ -26,6 +26,7 @@ PIXELS = "(pixels)"
 """Stands in the tables for no backbone at all; no init can be called so."""
 
 _SAME, _DIFFERENT, _QUERY = "#0072b2", "#d55e00", "#1c2126"
+_OWNER_ONLY = 0o600  # patients' pixels
 _TILE_INCHES = 1.0
 _TEXT_INCHES = 0.2  # the structure's name under a tile
 _TITLE_INCHES = 0.42  # the init's name over a block
@@ -100,6 +101,7 @@ def save_gallery(path: Path, blocks: Sequence[Block], heading: str) -> None:
     atomic_write(
         path,
         lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}),
+        _OWNER_ONLY,
     )
 
 

@@ -163,11 +163,12 @@ def right_gradients(config: TrainingConfig, device: torch.device) -> Iterator[No
     if device.type != "cpu" or config.precision == "fp32":
         yield
         return
-    torch.backends.mkldnn.set_flags(_enabled=False)
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(_enabled=True)
+        torch.backends.mkldnn.set_flags(_enabled=before, _fp32_precision=None)
 
 
 def train(

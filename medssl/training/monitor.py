@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from medssl.pretext.base import PretextTask
 from medssl.training.validation import Scores
 
@@ -23,9 +25,16 @@ STUCK_STEPS = 200
 _DEVIATIONS = 2.58
 """Of the binomial distribution of guessing: 99 % of guessers lie within."""
 
-State = Literal["at chance", "stuck", "learning", "healthy", "suspicious"]
+MOST_SHOWN_CLASSES = 128
+"""Classes up to which the confusion matrix is written beside the checkpoint and drawn."""
+
+State = Literal["nothing counts", "at chance", "stuck", "learning", "healthy", "suspicious"]
 
 _REMEDIES = {
+    "nothing counts": (
+        "every puzzle lacks foreground: lower pretext.min_foreground, or raise "
+        "sampling.min_foreground"
+    ),
     "stuck": (
         "no better than guessing: lower the difficulty (fewer classes, larger tiles, fewer hidden "
         "voxels), or change training.learning_rate"
@@ -87,22 +96,41 @@ def judge(
     }
     return {
         prefix: replace(health, state="suspicious")
-        if prefix in solved_early and health.state == "healthy"
+        if prefix in solved_early and _is_solved(task.parts()[prefix], health.value)
         else health
         for prefix, health in found.items()
     }
 
 
+def _is_solved(task: PretextTask, value: float) -> bool:
+    low, high = task.healthy_range
+    return value > high if task.higher_is_better else value < low
+
+
 def _judge(task: PretextTask, prefix: str, scores: Scores, step: int, num_steps: int) -> Health:
     metric = prefix + task.primary_metric
     value = scores.metrics.get(metric, math.nan)
-    trivial = task.chance_level
-    if trivial is None:
-        trivial = scores.metrics.get(f"{prefix}{task.trivial_metric}", math.nan)
+    if math.isnan(value):
+        return Health("nothing counts", metric, value, math.nan, step)
+    trivial = trivial_value(task, prefix, scores)
     state = _state(task, value, trivial, _margin(task, prefix, scores), step / max(1, num_steps))
     if state == "at chance" and step >= max(STUCK_STEPS, STUCK_SHARE * num_steps):
         state = "stuck"
     return Health(state, metric, value, trivial, step)
+
+
+def trivial_value(task: PretextTask, prefix: str, scores: Scores) -> float:
+    """Return the primary metric of the best answer that needs no network.
+
+    Always giving the commonest class beats guessing where puzzles of some classes count more often
+    than those of others.
+    """
+    if task.chance_level is None:
+        return scores.metrics.get(f"{prefix}{task.trivial_metric}", math.nan)
+    confusion = scores.confusions.get(prefix)
+    if confusion is None or not task.higher_is_better:
+        return task.chance_level
+    return max(task.chance_level, float(confusion.sum(1).max() / confusion.sum().clamp(min=1)))
 
 
 def _state(
@@ -112,8 +140,8 @@ def _state(
     if not sign * (value - trivial) > margin:  # also where either is not a number
         return "at chance"
     low, high = task.healthy_range
-    worst, best = (low, high) if task.higher_is_better else (high, low)
-    if sign * (value - best) > 0 and share_done <= EARLY_SHARE:
+    worst = low if task.higher_is_better else high
+    if _is_solved(task, value) and share_done <= EARLY_SHARE:
         return "suspicious"
     return "learning" if sign * (value - worst) < 0 else "healthy"
 
@@ -127,23 +155,36 @@ def _margin(task: PretextTask, prefix: str, scores: Scores) -> float:
 
 
 def summary(task: PretextTask, scores: Scores, health: dict[str, Health]) -> dict[str, Any]:
-    """Return all that a report shows of the last validation, as plain values for JSON."""
+    """Return all that a report shows of the last validation, as plain values for JSON.
+
+    What is not a number is null.
+    """
     return {
-        "metrics": scores.metrics,
+        "metrics": {name: _number(value) for name, value in scores.metrics.items()},
         "parts": [
             {
                 "task": part.name,
                 "metric": health[prefix].metric,
-                "value": health[prefix].value,
-                "trivial": health[prefix].trivial,
+                "value": _number(health[prefix].value),
+                "trivial": _number(health[prefix].trivial),
                 "healthy_range": list(part.healthy_range),
                 "state": health[prefix].state,
                 "words": str(health[prefix]),
-                "classes": list(part.class_names()),
-                "confusion": (
-                    scores.confusions[prefix].tolist() if prefix in scores.confusions else None
-                ),
+                "classes": list(part.class_names())[: MOST_SHOWN_CLASSES + 1],
+                "confusion": _shown(scores.confusions.get(prefix)),
             }
             for prefix, part in task.parts().items()
         ],
     }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(confusion: Tensor | None) -> list[list[float]] | None:
+    """Return a confusion matrix that people can still look at."""
+    if confusion is None or len(confusion) > MOST_SHOWN_CLASSES:
+        return None
+    rows: list[list[float]] = confusion.tolist()
+    return rows

@@ -86,4 +86,6 @@ class ValidationPuzzles:
         for number in range(self.num_batches):
             for batch in self.batches(number):
                 with torch.no_grad(), autocast(self.training, self.device):
-                    yield batch, network(batch)
+                    output = network(batch)
+                with torch.no_grad():  # scores are taken in float32
+                    yield batch, output

@@ -164,7 +164,7 @@ class SampleRequest:
         if not self.repeat_slices and across[0] < wanted:
             raise DataError(
                 f"scan {entry.scan_key} has {across[0]} slices, the task needs {wanted} different "
-                "ones. Make pretext.step smaller, or leave such scans out."
+                "ones. Ask for fewer neighbours (pretext.step), or leave such scans out."
             )
 
     def kept_axes(self, entry: Entry) -> tuple[int, ...]:

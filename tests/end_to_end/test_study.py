@@ -126,6 +126,18 @@ def test_mlflow_has_a_parent_and_a_finished_child_for_everything(study: Study):
     assert cells == ["FINISHED"] * 24
 
 
+def test_the_last_validation_of_the_pretext_task_is_kept_and_shown(study: Study):
+    found = json.loads(
+        (study.run / "checkpoints" / "rotation" / "validation.json").read_text(encoding="utf-8")
+    )
+    (part,) = found["parts"]
+    assert part["trivial"] == 1 / len(part["classes"])
+    assert sum(map(sum, part["confusion"])) > 0
+    report = (study.run / "report.html").read_text(encoding="utf-8")
+    assert "How the pretext tasks did" in report
+    assert "which puzzles rotation mixes up" in report
+
+
 def test_a_folder_with_another_config_is_refused(study: Study):
     refused = medssl("study", study.config, "seed=4", cwd=study.place)
     assert refused.returncode == 2

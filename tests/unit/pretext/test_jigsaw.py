@@ -255,7 +255,15 @@ def test_tiles_are_standardised_unless_told_otherwise():
 def test_the_contract_holds_the_hash_of_the_set():
     task = Jigsaw(Config(permutation_seed=3), 2)
     found = permutation_set("greedy_max_min", 9, 100, 3)
-    assert task.contract() == {"permutation_set_hash": found.hash}
+    assert task.contract() == {
+        "permutation_set_hash": found.hash,
+        "permutation_set": {
+            "name": found.name,
+            "size": 100,
+            "min_hamming": found.min_hamming,
+            "mean_hamming": found.mean_hamming,
+        },
+    }
     assert task.permutation_set is found
     assert found.hash != Jigsaw(Config(), 2).contract()["permutation_set_hash"]
 

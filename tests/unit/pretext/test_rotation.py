@@ -205,3 +205,16 @@ def test_more_views_than_turns_or_none_are_refused(views):
 def test_an_unknown_set_of_turns_is_refused_by_the_config():
     with pytest.raises(ConfigError, match=r"turns: input should be 'in_plane', 'axes' or 'cube'"):
         validate_config({"name": "rotation", "turns": "spin"}, Config)
+
+
+def test_turns_are_named_by_degrees_in_2d_and_by_their_axes_in_3d():
+    assert list(Rotation(Config(), 2).class_names()) == ["0°", "90°", "180°", "270°"]
+    names = list(Rotation(Config(), 3).class_names())
+    assert names[0] == "+X+Y+Z"
+    assert len(set(names)) == 24
+
+
+def test_degrees_are_counted_from_the_first_axis_to_the_second():
+    image = numbered(2, 3)
+    turned = rotate(image, rotation_matrices(2, "in_plane")[[1]])
+    assert torch.equal(turned, torch.rot90(image, 1, (2, 3)))

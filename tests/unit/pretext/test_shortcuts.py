@@ -18,9 +18,9 @@ from medssl.pretext._shortcuts import (
     MEAN_DEVIATION,
     THUMBNAIL_ONLY,
     ShortcutOnly,
-    body_mask,
     border,
     mean_deviation,
+    silhouette,
     strip_width,
     thumbnail,
     thumbnail_size,
@@ -31,7 +31,7 @@ from training import pretext_task, tiny_backbone
 
 SHORTCUTS = (EVERYTHING, BORDER, BODY_MASK, MEAN_DEVIATION, THUMBNAIL_ONLY)
 every_function = pytest.mark.parametrize(
-    "function", [border, body_mask, mean_deviation, thumbnail], ids=lambda f: f.__name__
+    "function", [border, silhouette, mean_deviation, thumbnail], ids=lambda f: f.__name__
 )
 
 
@@ -86,7 +86,7 @@ def test_the_strip_is_an_eighth_of_a_side_and_at_least_a_voxel(side, width):
 
 def test_the_body_mask_tells_air_from_the_rest_and_no_more():
     values = torch.tensor([0.0, 0.05, 0.11, 0.5, 1.0])  # air: a tenth of the image's range
-    assert body_mask(values.reshape(1, 1, 1, 5)).flatten().tolist() == [0, 0, 1, 1, 1]
+    assert silhouette(values.reshape(1, 1, 1, 5)).flatten().tolist() == [0, 0, 1, 1, 1]
 
 
 @given(given_views=views())
@@ -124,7 +124,7 @@ def test_a_thumbnail_has_eight_voxels_a_side_and_at_most_half_the_view(sides, si
 
 
 def test_bfloat16_views_stay_so():
-    for function in (border, body_mask, mean_deviation, thumbnail):
+    for function in (border, silhouette, mean_deviation, thumbnail):
         assert function(random_views(8, 8).bfloat16()).dtype == torch.bfloat16
 
 

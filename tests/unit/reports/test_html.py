@@ -149,6 +149,40 @@ def test_a_pretraining_alone_gets_a_report_without_a_verdict(tmp_path: Path) -> 
     assert "inpainting: psnr" in text
 
 
+def write_validation(folder: Path, state: str) -> None:
+    """Write what the last validation of a pretraining leaves."""
+    target = folder / "checkpoints" / "rotation"
+    target.mkdir(parents=True)
+    part = {
+        "task": "rotation", "metric": "accuracy", "value": 0.93, "trivial": 0.25,
+        "healthy_range": [0.5, 0.99], "state": state,
+        "words": f"{state} (accuracy 0.93, trivial 0.25): look at it",
+        "classes": ["0°", "90°", "180°", "270°"],
+        "confusion": [[9, 1, 0, 0], [0, 10, 0, 0], [6, 0, 4, 0], [0, 0, 0, 10]],
+    }  # fmt: skip
+    content = {"step": 300, "baselines": {}, "metrics": {"accuracy": 0.93}, "parts": [part]}
+    (target / "validation.json").write_text(json.dumps(content))
+
+
+def test_pretext_tasks_are_shown_with_chance_health_and_confusion(tmp_path: Path) -> None:
+    write_journal(tmp_path)
+    write_validation(tmp_path, "healthy")
+    found = page(tmp_path)
+    assert "How the pretext tasks did on puzzles of validation patients" in found.text
+    assert "rotation rotation accuracy 0.93 0.25 0.5 to 0.99 healthy" in found.text
+    alts = [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
+    assert any("takes 180° for 0°, 0.60 of the time" in alt for alt in alts)
+    assert any("no network gives 0.25" in alt for alt in alts)
+    assert (tmp_path / "figures" / "confusion_rotation_rotation.png").is_file()
+
+
+def test_a_suspicious_pretext_task_is_announced_before_the_evidence(light_run: Path) -> None:
+    write_validation(light_run, "suspicious")
+    text = page(light_run).text
+    warning = "Pretext task rotation of rotation: suspicious (accuracy 0.93, trivial 0.25)"
+    assert text.index(warning) < text.index(" Evidence ")
+
+
 def test_a_folder_without_any_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither results.csv nor journal.jsonl is in it"):
         build_report(tmp_path)

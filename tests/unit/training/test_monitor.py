@@ -35,7 +35,7 @@ def rotation_health(accuracy: float, step: int, solved: tuple[str, ...] = ()) ->
         (0.80, 300, "healthy"),
         (0.995, 300, "suspicious"),
         (0.995, 900, "healthy"),  # late, it may be solved
-        (math.nan, 300, "stuck"),
+        (math.nan, 300, "nothing counts"),
     ],
 )
 def test_the_state_follows_the_accuracy_and_the_step(accuracy, step, state):
@@ -64,6 +64,6 @@ def test_people_are_told_what_to_do():
 def test_the_summary_holds_the_confusion_matrix_by_class():
     scores = Scores({"accuracy": 0.8}, {"": confusion(0.8)})
     part = summary(ROTATION, scores, judge(ROTATION, scores, 100, 1000))["parts"][0]
-    assert part["classes"] == ["+X+Y", "+Y-X", "-X-Y", "-Y+X"]
+    assert part["classes"] == ["0°", "90°", "180°", "270°"]
     assert part["confusion"][0][0] == pytest.approx(80)
     assert part["state"] == "healthy"

@@ -1,0 +1,71 @@
+"""Validation puzzles: the same every time, scored without touching the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from medssl.scans.store import Store
+from medssl.training.loop import build_network
+from medssl.training.validation import ValidationPuzzles
+from training import CPU, Training, blob_store, configured, pretext_task, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return blob_store(tmp_path_factory.mktemp("store"))
+
+
+def puzzles_of(name: str, store: Store, num_batches: int = 2) -> ValidationPuzzles:
+    training = Training(store, pretext_task(name, 2), configured())
+    return ValidationPuzzles(
+        training.task, training.sampler(), num_batches, training.config, 0, CPU
+    )
+
+
+def test_puzzles_are_the_same_every_time(store: Store):
+    puzzles = puzzles_of("jigsaw", store)
+    (first,), (second,) = puzzles.batches(1), puzzles.batches(1)
+    assert torch.equal(first.inputs, second.inputs)
+    assert torch.equal(first.target, second.target)
+    assert not torch.equal(first.inputs, puzzles.batches(0)[0].inputs)
+
+
+def test_the_confusion_matrix_counts_the_puzzles_of_all_batches(store: Store):
+    puzzles = puzzles_of("rotation", store, num_batches=3)
+    network = build_network(tiny_backbone(2), puzzles.task, seed=0)
+    scores = puzzles.score(network)
+    confusion = scores.confusions[""]
+    assert confusion.sum() == 3 * 4 * 2  # batches, images, views
+    accuracy = float(confusion.diagonal().sum() / confusion.sum())
+    assert scores.metrics["accuracy"] == pytest.approx(accuracy)
+
+
+def test_scoring_leaves_weights_and_gradients_as_they_are(store: Store):
+    puzzles = puzzles_of("multi", store)
+    network = build_network(tiny_backbone(2), puzzles.task, seed=0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    puzzles.score(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_several_tasks_are_each_scored_and_their_gradients_compared(store: Store):
+    puzzles = puzzles_of("multi", store)
+    scores = puzzles.score(build_network(tiny_backbone(2), puzzles.task, seed=0))
+    assert {"rotation_accuracy", "inpainting_masked_l1"} <= scores.metrics.keys()
+    assert -1 <= scores.metrics["gradient_cosine_rotation_inpainting"] <= 1
+    assert set(scores.confusions) == {"rotation_"}
+
+
+def test_answers_that_need_no_network_are_scored_too(store: Store):
+    found = puzzles_of("inpainting", store).baselines()
+    assert found["biharmonic_fill_l1"] > 0
+
+
+def test_examples_come_with_answers(store: Store, tmp_path: Path):
+    puzzles = puzzles_of("multi", store)
+    network = build_network(tiny_backbone(2), puzzles.task, seed=0)
+    assert [batch.task for batch, _ in puzzles.examples(network)] == ["rotation", "inpainting"]
