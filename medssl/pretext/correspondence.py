@@ -124,6 +124,8 @@ class Correspondence(ClassificationTask):
         return tuple(max(1, round(side * self.config.view)) for side in crop_size)
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> PretextBatch:
+        if not sample.scan_keys:
+            return self.make_batch(sample.images, generator)
         numbers = {key: number for number, key in enumerate(dict.fromkeys(sample.scan_keys))}
         scans = torch.tensor([numbers[key] for key in sample.scan_keys])
         scans = scans.to(sample.images.device, non_blocking=True)

@@ -16,7 +16,7 @@ from medssl.errors import ConfigError
 from medssl.pretext._tiles import TilesConfig, level_tiles
 from medssl.pretext.base import PretextBatch
 from medssl.pretext.correspondence import Config, Correspondence, cut_views, other_places
-from medssl.transforms.sampling import SampleRequest
+from medssl.transforms.sampling import Sample, SampleRequest
 
 NEGATIVES = ["other_patient", "other_place", "both"]
 every_kind = pytest.mark.parametrize("negatives", NEGATIVES)
@@ -290,3 +290,27 @@ def test_a_task_that_cannot_be_is_refused_by_the_config(change, text):
     with pytest.raises(ConfigError) as refused:
         validate_config({"name": "correspondence", **change}, Config)
     assert text in str(refused.value)
+
+
+def test_images_of_one_scan_are_no_strangers():
+    """Two crops of one scan in a batch: the other patient must be another one."""
+    images = studies(6)
+    task = Correspondence(Config(negatives="other_patient", standardise=False), 2)
+    keys = ["a", "a", "a", "b", "b", "a"]
+    for seed in range(20):
+        batch = task.batch_of(Sample(images, None, keys), generator(seed))
+        sources = batch.extras["images"]
+        strangers = sources[:, 0] != sources[:, 1]
+        pairs = [(keys[int(a)], keys[int(b)]) for a, b in sources[strangers]]
+        assert all(a != b for a, b in pairs)
+        assert torch.equal(
+            batch.target.bool(),
+            ~strangers & (batch.extras["start"][:, 0] == batch.extras["start"][:, 1]).all(1),
+        )
+
+
+def test_a_batch_of_one_scan_asks_for_places():
+    task = Correspondence(Config(negatives="other_patient"), 2)
+    batch = task.batch_of(Sample(studies(4), None, ["a"] * 4), generator())
+    assert (batch.extras["images"][:, 0] == batch.extras["images"][:, 1]).all()
+    assert batch.target.sum() == 2

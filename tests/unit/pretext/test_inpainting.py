@@ -599,3 +599,25 @@ def test_pictures_show_image_puzzle_and_what_was_restored(answered):
     rows = task.panels(batch, output if answered else None)
     titles = ["image", "puzzle", "restored"] if answered else ["image", "puzzle"]
     assert [[panel.title for panel in row] for row in rows] == [titles] * 2
+
+
+def test_the_weight_of_the_adversarial_term_is_the_decoders_alone():
+    """The discriminator learns at its own weight, or it would never keep up."""
+    task, backbone, head, batch = adversarial()
+    heavier = Inpainting(Config(block=4, adversarial=1.0), 2)
+    output = task.forward(backbone, head, batch)
+    judge = list(head.discriminator.parameters())
+    light = torch.autograd.grad(task.loss(output, batch), judge, retain_graph=True)
+    heavy = torch.autograd.grad(heavier.loss(output, batch), judge, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(light, heavy, strict=True))
+
+
+def test_an_image_without_a_voxel_to_score_is_passed_over():
+    task = Inpainting(Config(block=4), 2)
+    batch = task.make_batch(smooth(2, (12, 12)), generator())
+    answer = batch.target + 0.1
+    both = task.metrics(answer, batch)["masked_l1"]
+    batch.extras["scored"][1] = False
+    assert task.metrics(answer, batch)["masked_l1"] == pytest.approx(float(both))
+    batch.extras["scored"][0] = False
+    assert torch.isnan(task.metrics(answer, batch)["masked_l1"])

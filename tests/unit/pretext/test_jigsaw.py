@@ -393,3 +393,14 @@ def test_a_set_for_another_grid_is_refused():
 def test_settings_that_do_not_exist_are_refused_by_the_config(setting, message):
     with pytest.raises(ConfigError, match=message):
         validate_config({"name": "jigsaw", **setting}, Config)
+
+
+def test_a_jitter_that_standardising_would_undo_is_refused():
+    with pytest.raises(ConfigError, match=r"intensity_jitter 0\.1 has no effect"):
+        validate_config({"name": "jigsaw", "intensity_jitter": 0.1}, Config)
+
+
+def test_a_confusion_matrix_of_very_many_classes_is_not_kept():
+    task = Jigsaw(Config(num_permutations=1001), 2)
+    batch = task.make_batch(images(2), seeded())
+    assert task.confusion(torch.zeros(len(batch.target), task.num_classes), batch) is None

@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 from torch.nn import functional
 
-from medssl.pretext._masks import BODY_CLOSING, body_mask, dilate, hole_mask
+from medssl.pretext._masks import BODY_CLOSING, block_mask, body_mask, dilate, hole_mask
 from medssl.pretext.base import not_air
 
 HOLES = ["blocks", "centre", "region"]
@@ -188,3 +188,11 @@ def test_an_image_without_foreground_counts_as_body():
     body = body_mask(images)
     assert body[0].all()
     assert not body[1].all()
+
+
+def test_blocks_of_air_are_not_hidden_however_many_are_wanted():
+    images = torch.zeros(1, 1, 8, 8)
+    images[..., :4, :] = 1.0
+    hidden = block_mask(images, 4, 1.0, generator())
+    assert hidden[..., :4, :].all()
+    assert not hidden[..., 4:, :].any()

@@ -177,3 +177,26 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
     }
     with pytest.raises(ConfigError, match=re.escape(message)):
         validate_config(content, PretrainConfig)
+
+
+def test_a_blank_batch_does_not_blow_the_loss_up():
+    task = multi()
+    network = build_network(tiny_backbone(2), task, seed=0)
+    blank = Sample(torch.zeros_like(sample(1).images), None, step=1)
+    batch = task.batch_of(blank, generator())
+    assert batch.task == "inpainting"
+    assert task.loss(network(batch), batch) < 1000 * task.tasks["inpainting"].loss(
+        network(batch), batch
+    ).clamp(min=1)
+
+
+def test_a_batch_without_a_puzzle_that_counts_has_no_relative_loss():
+    task = MultiTask(Config.model_validate({"tasks": ["rotation", "jigsaw"]}), 2)
+    network = build_network(tiny_backbone(2), task, seed=0)
+    blank = Sample(torch.zeros_like(sample(1).images), None, step=1)
+    batch = task.batch_of(blank, generator())
+    assert batch.task == "jigsaw"
+    assert batch.extras["weight"].sum() == 0
+    metrics = task.metrics(network(batch), batch)
+    assert torch.isnan(metrics["jigsaw_relative_loss"])
+    assert task.loss(network(batch), batch) == 0

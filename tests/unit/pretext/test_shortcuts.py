@@ -89,6 +89,14 @@ def test_the_body_mask_tells_air_from_the_rest_and_no_more():
     assert silhouette(values.reshape(1, 1, 1, 5)).flatten().tolist() == [0, 0, 1, 1, 1]
 
 
+def test_each_channel_has_a_silhouette_of_its_own():
+    """Slices and sequences are channels: air in one may be body in another."""
+    images = torch.zeros(1, 2, 4, 4)
+    images[0, 0, :2] = 1.0
+    images[0, 1, 2:] = 0.5
+    assert torch.equal(silhouette(images), (images > 0).float())
+
+
 @given(given_views=views())
 def test_mean_and_deviation_fill_the_two_halves(given_views):
     seen = mean_deviation(given_views)

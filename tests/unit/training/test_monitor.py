@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
+from medssl.pretext.jigsaw import Config as JigsawConfig
+from medssl.pretext.jigsaw import Jigsaw
 from medssl.training.monitor import Health, judge, summary
 from medssl.training.validation import Scores
 from training import pretext_task
@@ -67,3 +70,30 @@ def test_the_summary_holds_the_confusion_matrix_by_class():
     assert part["classes"] == ["0°", "90°", "180°", "270°"]
     assert part["confusion"][0][0] == pytest.approx(80)
     assert part["state"] == "healthy"
+
+
+def test_always_giving_the_commonest_class_is_no_better_than_guessing():
+    """Where most puzzles that count have one answer, accuracy beats chance without a look."""
+    always = torch.zeros(4, 4)
+    always[:, 0] = torch.tensor([210.0, 30, 30, 30])
+    scores = Scores({"accuracy": 0.7}, {"": always})
+    found = judge(ROTATION, scores, 100, 1000)[""]
+    assert found.trivial == pytest.approx(0.7)
+    assert found.state == "at chance"
+
+
+def test_a_score_of_nothing_is_null_and_people_are_told_why():
+    scores = Scores({"accuracy": math.nan}, {"": torch.zeros(4, 4)})
+    found = summary(ROTATION, scores, judge(ROTATION, scores, 300, 1000))
+    assert found["metrics"] == {"accuracy": None}
+    (part,) = found["parts"]
+    assert (part["state"], part["value"], part["trivial"]) == ("nothing counts", None, None)
+    assert "lower pretext.min_foreground" in part["words"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_confusion_matrix_too_large_to_look_at_is_left_out():
+    task = Jigsaw(JigsawConfig(num_permutations=129), 2)
+    scores = Scores({"accuracy": 0.5}, {"": torch.eye(129)})
+    (part,) = summary(task, scores, judge(task, scores, 300, 1000))["parts"]
+    assert part["confusion"] is None

@@ -69,3 +69,18 @@ def test_examples_come_with_answers(store: Store, tmp_path: Path):
     puzzles = puzzles_of("multi", store)
     network = build_network(tiny_backbone(2), puzzles.task, seed=0)
     assert [batch.task for batch, _ in puzzles.examples(network)] == ["rotation", "inpainting"]
+
+
+def test_scores_are_taken_in_full_precision(store: Store, monkeypatch: pytest.MonkeyPatch):
+    training = Training(store, pretext_task("inpainting", 2), configured(precision="bf16"))
+    puzzles = ValidationPuzzles(training.task, training.sampler(), 1, training.config, 0, CPU)
+    seen: list[bool] = []
+    metrics = type(training.task).metrics
+
+    def watched(task: object, output: object, batch: object) -> object:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return metrics(task, output, batch)
+
+    monkeypatch.setattr(type(training.task), "metrics", watched)
+    puzzles.score(build_network(tiny_backbone(2), training.task, seed=0))
+    assert seen == [False]
