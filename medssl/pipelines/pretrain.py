@@ -316,18 +316,18 @@ class _Watch:
     ) -> None:
         self._job, self._puzzles, self._state = job, puzzles, state
         self._handle, self._folder = handle, folder
-        self._baselines: dict[str, float] | None = None
         self.states = ""
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the metrics of a validation, and say how the task does."""
         task = self._puzzles.task
-        if self._baselines is None:
-            self._baselines = self._puzzles.baselines()
         scores = self._puzzles.score(self._state.network)
-        # Kept with the training state: solved early stays suspicious, also after a restart.
-        solved = self._state.notes.setdefault("solved_early", [])
-        health = judge(task, scores, step, self._job.section.training.steps, solved)
+        # Both are kept with the training state: solved early stays suspicious after a restart.
+        notes = self._state.notes
+        if "baselines" not in notes:
+            notes["baselines"] = self._puzzles.baselines()
+        baselines, solved = notes["baselines"], notes.setdefault("solved_early", [])
+        health = judge(task, scores, step, self._job.section.training.steps, solved, baselines)
         solved += [
             prefix
             for prefix, found in health.items()
@@ -338,9 +338,9 @@ class _Watch:
         self.states = ", ".join(
             f"{prefix.rstrip('_')} {found.state}".strip() for prefix, found in health.items()
         )
-        content = {"step": step, "baselines": self._baselines, **summary(task, scores, health)}
+        content = {"step": step, **summary(task, scores, health)}
         atomic_write(self._folder / VALIDATION_FILE, json.dumps(content, indent=2) + "\n")
-        return {**scores.metrics, **self._baselines}
+        return {**scores.metrics, **baselines}
 
 
 def _contract(

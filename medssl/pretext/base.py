@@ -82,6 +82,7 @@ class PretextTask(ABC):
             reports its trivial baseline as a metric of its own.
         trivial_metric: that metric's name, in the units of the primary metric; ``None`` where there
             is a chance level.
+        baseline_metrics: those of `baselines` that are in the units of the primary metric.
         healthy_range: where the primary metric lies, on validation patients, when training goes
             well; above it a shortcut is likely, below it the task is stuck.
     """
@@ -91,6 +92,7 @@ class PretextTask(ABC):
     primary_metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     trivial_metric: ClassVar[str | None] = None
+    baseline_metrics: ClassVar[tuple[str, ...]] = ()
     chance_level: float | None
     healthy_range: tuple[float, float]
 

@@ -118,6 +118,7 @@ class Inpainting(PretextTask):
     primary_metric = "masked_l1"
     higher_is_better = False
     trivial_metric = "mean_fill_l1"
+    baseline_metrics = ("biharmonic_fill_l1",)
 
     def __init__(self, config: Config, spatial_dims: int) -> None:
         super().__init__(config, spatial_dims)

@@ -104,6 +104,7 @@ class SliceOrder(ClassificationTask):
     """Predict whether the second of three slices lies between the others."""
 
     supported_dims: ClassVar[tuple[int, ...]] = (2,)
+    baseline_metrics = ("area_rule_accuracy", "difference_rule_accuracy")
     num_classes = 2
 
     def __init__(self, config: Config, spatial_dims: int) -> None:

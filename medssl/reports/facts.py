@@ -31,7 +31,7 @@ def warnings_of(contents: Contents) -> list[str]:
         f"Pretext task {part['task']} of {init_name(name)}: {part['words']}."
         for name, validation in contents.validations.items()
         for part in validation.get("parts", [])
-        if part["state"] in ("stuck", "suspicious", "nothing counts")
+        if part["state"] in ("stuck", "suspicious", "nothing counts") or part.get("beaten_by")
     ]
     return found
 
@@ -44,7 +44,12 @@ def pretext_rows(contents: Contents) -> list[dict[str, str]]:
             "task": str(part["task"]),
             "metric": str(part["metric"]),
             "value": _shown(part["value"]),
-            "trivial": _shown(part["trivial"]),
+            "trivial": "; ".join(
+                [
+                    _shown(part["trivial"]),
+                    *(f"{name} {value:.3g}" for name, value in part.get("rivals", {}).items()),
+                ]
+            ),
             "healthy": " to ".join(f"{bound:.3g}" for bound in part["healthy_range"]),
             "state": str(part["state"]),
         }

@@ -6,8 +6,8 @@ Nothing here changes training: it puts words to the numbers of each validation.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,6 +46,9 @@ _REMEDIES = {
 }
 
 
+_BEATEN = "does no worse: train longer, or make the puzzle harder (larger holes, finer order)"
+
+
 @dataclass(frozen=True)
 class Health:
     """How one pretext task does.
@@ -55,6 +58,8 @@ class Health:
         value: of the primary metric.
         trivial: of the answer that needs no network.
         step: steps done.
+        rivals: the same metric of cleverer answers that need no network, by name.
+        beaten_by: those of them that do at least as well as the network.
     """
 
     state: State
@@ -62,12 +67,17 @@ class Health:
     value: float
     trivial: float
     step: int
+    rivals: Mapping[str, float] = field(default_factory=dict)
+    beaten_by: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return state, numbers and, where there is something to do, what."""
-        words = f"{self.state} ({self.metric} {self.value:.3g}, trivial {self.trivial:.3g})"
-        remedy = _REMEDIES.get(self.state)
-        return f"{words}: {remedy}" if remedy else words
+        others = "".join(f", {name} {value:.3g}" for name, value in self.rivals.items())
+        words = f"{self.state} ({self.metric} {self.value:.3g}, trivial {self.trivial:.3g}{others})"
+        remedies = [_REMEDIES[self.state]] if self.state in _REMEDIES else []
+        if self.beaten_by:
+            remedies.append(f"{' and '.join(self.beaten_by)} needs no network and {_BEATEN}")
+        return f"{words}: {'; '.join(remedies)}" if remedies else words
 
 
 def judge(
@@ -76,6 +86,7 @@ def judge(
     step: int,
     num_steps: int,
     solved_early: Collection[str] = (),
+    baselines: Mapping[str, float] | None = None,
 ) -> dict[str, Health]:
     """Return the health of each part of a task, by its prefix.
 
@@ -89,9 +100,10 @@ def judge(
         num_steps: steps to be done.
         solved_early: parts that an earlier validation found suspicious; they stay so while they
             are solved.
+        baselines: what `medssl.training.validation.ValidationPuzzles.baselines` found.
     """
     found = {
-        prefix: _judge(part, prefix, scores, step, num_steps)
+        prefix: _judge(part, prefix, scores, step, num_steps, baselines or {})
         for prefix, part in task.parts().items()
     }
     return {
@@ -107,7 +119,14 @@ def _is_solved(task: PretextTask, value: float) -> bool:
     return value > high if task.higher_is_better else value < low
 
 
-def _judge(task: PretextTask, prefix: str, scores: Scores, step: int, num_steps: int) -> Health:
+def _judge(
+    task: PretextTask,
+    prefix: str,
+    scores: Scores,
+    step: int,
+    num_steps: int,
+    baselines: Mapping[str, float],
+) -> Health:
     metric = prefix + task.primary_metric
     value = scores.metrics.get(metric, math.nan)
     if math.isnan(value):
@@ -116,7 +135,14 @@ def _judge(task: PretextTask, prefix: str, scores: Scores, step: int, num_steps:
     state = _state(task, value, trivial, _margin(task, prefix, scores), step / max(1, num_steps))
     if state == "at chance" and step >= max(STUCK_STEPS, STUCK_SHARE * num_steps):
         state = "stuck"
-    return Health(state, metric, value, trivial, step)
+    sign = 1 if task.higher_is_better else -1
+    rivals = {
+        name: baselines[prefix + name]
+        for name in task.baseline_metrics
+        if math.isfinite(baselines.get(prefix + name, math.nan))
+    }
+    beaten_by = tuple(name for name, rival in rivals.items() if sign * (value - rival) <= 0)
+    return Health(state, metric, value, trivial, step, rivals, beaten_by)
 
 
 def trivial_value(task: PretextTask, prefix: str, scores: Scores) -> float:
@@ -167,6 +193,8 @@ def summary(task: PretextTask, scores: Scores, health: dict[str, Health]) -> dic
                 "metric": health[prefix].metric,
                 "value": _number(health[prefix].value),
                 "trivial": _number(health[prefix].trivial),
+                "rivals": dict(health[prefix].rivals),
+                "beaten_by": list(health[prefix].beaten_by),
                 "healthy_range": list(part.healthy_range),
                 "state": health[prefix].state,
                 "words": str(health[prefix]),

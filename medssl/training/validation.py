@@ -14,6 +14,9 @@ from medssl.randomness import torch_generator
 from medssl.training.loop import Meter, TrainingConfig, autocast
 from medssl.transforms.sampling import CropSampler
 
+BASELINE_VOXELS = 2**20
+"""Of images after which no more of them are given to answers that need no network."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -69,11 +72,20 @@ class ValidationPuzzles:
         return Scores(meter.read(), {prefixes[name]: sums[name].cpu() for name in sums})
 
     def baselines(self) -> dict[str, float]:
-        """Return how well answers do that need no network, on the first batch."""
-        found: dict[str, float] = {}
-        for batch in self.batches(0):
-            found |= self.task.baselines(batch)
-        return found
+        """Return how well answers do that need no network; means over batches.
+
+        Asked of every batch, or, as some of these answers are slow, of the first ones up to
+        `BASELINE_VOXELS` of images.
+        """
+        meter, seen = Meter(), 0
+        for number in range(self.num_batches):
+            for batch in self.batches(number):
+                found = self.task.baselines(batch)
+                meter.add({name: torch.tensor(value) for name, value in found.items()})
+                seen += batch.inputs.numel()
+            if seen >= BASELINE_VOXELS:
+                break
+        return meter.read()
 
     def examples(self, network: nn.Module) -> list[tuple[PretextBatch, Any]]:
         """Return puzzles of the first batch of images, with answers, for pictures."""

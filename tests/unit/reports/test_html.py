@@ -149,7 +149,7 @@ def test_a_pretraining_alone_gets_a_report_without_a_verdict(tmp_path: Path) -> 
     assert "inpainting: psnr" in text
 
 
-def write_validation(folder: Path, state: str) -> None:
+def write_validation(folder: Path, state: str, **changes: object) -> None:
     """Write what the last validation of a pretraining leaves."""
     target = folder / "checkpoints" / "rotation"
     target.mkdir(parents=True)
@@ -159,8 +159,9 @@ def write_validation(folder: Path, state: str) -> None:
         "words": f"{state} (accuracy 0.93, trivial 0.25): look at it",
         "classes": ["0°", "90°", "180°", "270°"],
         "confusion": [[9, 1, 0, 0], [0, 10, 0, 0], [6, 0, 4, 0], [0, 0, 0, 10]],
+        **changes,
     }  # fmt: skip
-    content = {"step": 300, "baselines": {}, "metrics": {"accuracy": 0.93}, "parts": [part]}
+    content = {"step": 300, "metrics": {"accuracy": 0.93}, "parts": [part]}
     (target / "validation.json").write_text(json.dumps(content))
 
 
@@ -181,6 +182,14 @@ def test_a_suspicious_pretext_task_is_announced_before_the_evidence(light_run: P
     text = page(light_run).text
     warning = "Pretext task rotation of rotation: suspicious (accuracy 0.93, trivial 0.25)"
     assert text.index(warning) < text.index(" Evidence ")
+
+
+def test_an_answer_that_needs_no_network_and_does_no_worse_is_announced(light_run: Path) -> None:
+    rivals = {"area_rule_accuracy": 0.95}
+    write_validation(light_run, "healthy", rivals=rivals, beaten_by=["area_rule_accuracy"])
+    text = page(light_run).text
+    assert "accuracy 0.93 0.25; area_rule_accuracy 0.95 0.5 to 0.99 healthy" in text
+    assert "Pretext task rotation of rotation: healthy" in text
 
 
 def test_a_folder_without_any_run_is_refused(tmp_path: Path) -> None:

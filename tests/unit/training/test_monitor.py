@@ -97,3 +97,26 @@ def test_a_confusion_matrix_too_large_to_look_at_is_left_out():
     scores = Scores({"accuracy": 0.5}, {"": torch.eye(129)})
     (part,) = summary(task, scores, judge(task, scores, 300, 1000))["parts"]
     assert part["confusion"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "beaten"), [(0.15, True), (0.12, True), (0.1199, False), (0.05, False)]
+)
+def test_an_answer_without_a_network_that_does_no_worse_is_named(error, beaten):
+    scores = Scores({"masked_l1": error, "mean_fill_l1": 0.2})
+    baselines = {"biharmonic_fill_l1": 0.12, "biharmonic_fill_psnr": 20.0}
+    health = judge(INPAINTING, scores, 100, 1000, baselines=baselines)[""]
+    assert health.rivals == {"biharmonic_fill_l1": 0.12}
+    assert health.beaten_by == (("biharmonic_fill_l1",) if beaten else ())
+    assert ("needs no network" in str(health)) == beaten
+    assert "trivial 0.2, biharmonic_fill_l1 0.12)" in str(health)
+
+
+def test_rivals_of_each_of_several_tasks_are_told_apart():
+    task = pretext_task("multi", 2)
+    rivals = {f"{name}_{metric}" for name in ("rotation", "inpainting") for metric in ("x", "y")}
+    scores = Scores({"rotation_accuracy": 0.8, "inpainting_masked_l1": 0.1})
+    baselines = {"inpainting_biharmonic_fill_l1": 0.05, **dict.fromkeys(rivals, 0.0)}
+    health = judge(task, scores, 100, 1000, baselines=baselines)
+    assert health["rotation_"].rivals == {}
+    assert health["inpainting_"].beaten_by == ("biharmonic_fill_l1",)

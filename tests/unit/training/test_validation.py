@@ -84,3 +84,19 @@ def test_scores_are_taken_in_full_precision(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(training.task), "metrics", watched)
     puzzles.score(build_network(tiny_backbone(2), training.task, seed=0))
     assert seen == [False]
+
+
+def test_the_network_and_what_needs_none_meet_the_same_puzzles(store: Store):
+    """A small validation is filled whole, so that the two numbers can be compared."""
+    puzzles = puzzles_of("inpainting", store, num_batches=3)
+    found = puzzles.baselines()["biharmonic_fill_l1"]
+    each = [puzzles.task.baselines(batch) for n in range(3) for batch in puzzles.batches(n)]
+    assert found == pytest.approx(sum(one["biharmonic_fill_l1"] for one in each) / 3, rel=1e-5)
+
+
+def test_slow_baselines_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch):
+    puzzles, asked = puzzles_of("inpainting", store, num_batches=3), []
+    monkeypatch.setattr("medssl.training.validation.BASELINE_VOXELS", 1)
+    monkeypatch.setattr(type(puzzles.task), "baselines", lambda *_: asked.append(1) or {})
+    assert puzzles.baselines() == {}
+    assert len(asked) == 1
