@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from medssl.atomic import atomic_write
 from medssl.config import ComponentConfig, load_config
@@ -47,7 +46,7 @@ from medssl.training.loop import select_device
 from medssl.transforms.requests import SampleRequest
 
 _MAX_PATIENTS = 200
-"""More would sharpen the interval little, and 3D patches of all would not fit in memory."""
+"""More would sharpen the interval little."""
 
 _SMALLEST_PATCH = 16
 """Voxels: below it most backbones' stages shrink to a single position."""
@@ -87,7 +86,8 @@ def run(
         run_folder: of a study whose backbones are pretrained.
         out: where to write; the folder ``gallery`` inside the run folder by default.
         k: neighbours that are counted.
-        per_class: patches of each structure and patient, at most.
+        per_class: patches of each structure and patient, at most; fewer where all would take more
+            than `PATCH_BYTES`, and then ``gallery.json`` has a note.
         patch_size: voxels along each axis of the prepared scans; by default half the study's
             crop, so that a patch shows little beside the structure at its centre.
         layer: the stage that pictures and verdict are of; the last by default. All are counted.
@@ -100,10 +100,11 @@ def run(
         init, whose queries are the same. The row `PIXELS` compares the patches voxel by voxel.
 
     Raises:
-        ConfigError: the folder holds no study, the study no masks, or k, layer or patch_size
-            does not fit.
-        WeightsError: a backbone is not pretrained yet.
-        DataError: index, store or splits are gone or differ from those of the study.
+        ConfigError: the folder holds no study, the study no masks, k, layer or patch_size does
+            not fit, or a few patches alone exceed the memory.
+        WeightsError: a backbone is not pretrained yet, or was made under another contract.
+        DataError: index, store or splits are gone or differ from those of the study, or the
+            patches are of fewer than two patients or of fewer than two structures.
     """
     config = _study_of(run_folder)
     inits = _inits_of(config, run_folder)
@@ -118,11 +119,7 @@ def run(
     }
     for number, init in enumerate(inits):
         progress("gallery", number, len(inits), init)
-        features = _features(evaluation, init, patches)
-        if layer not in (None, *features):
-            raise ConfigError(f"there is no layer {layer!r}. There are: {', '.join(features)}.")
-        for stage, rows in features.items():
-            found[init, stage] = find_neighbours(rows, patches.patients, k)
+        found |= _neighbours(evaluation, init, patches, k, layer)
     progress("gallery", len(inits), len(inits))
     shown = layer or list(found)[-1][1]
     agreements = {name: Agreement(part, patches) for name, part in found.items()}
@@ -139,6 +136,7 @@ def run(
         "num_patches": patches.counts(),
         "num_patients": len(patches.patient_keys),
         "num_scans_smaller_than_a_patch": patches.num_small_scans,
+        "note": patches.note,
         "chance": chance_share(patches),
         "share": {init: part.share for (init, stage), part in agreements.items() if stage == shown},
         "share_by_structure": {
@@ -178,7 +176,7 @@ def describe(gallery: Gallery) -> list[str]:
                 f"{row['difference_high']:+.3f}] against {row['reference']}"
             )
         lines.append(line)
-    return lines
+    return [*lines, facts["note"]] if facts["note"] else lines
 
 
 def _study_of(run_folder: Path) -> StudyConfig:
@@ -260,7 +258,7 @@ def _task_with_masks(
             return task, replace(request, crop_size=size)
     raise ConfigError(
         "no task of the study has masks, and patches are told apart by what a mask says of them. "
-        "Give a study with a segmentation task."
+        "Give the run folder of a study with a segmentation task (tasks)."
     )
 
 
@@ -279,11 +277,26 @@ def _cut(
     )
 
 
-def _features(evaluation: Evaluation, init: str, patches: Patches) -> dict[str, Tensor]:
-    """Return the features of every stage under an init, with the matrix's first seed."""
+def _neighbours(
+    evaluation: Evaluation, init: str, patches: Patches, k: int, layer: str | None
+) -> dict[tuple[str, str], Array]:
+    """Return the neighbours by every stage under an init, with the matrix's first seed.
+
+    Features live no longer than this call, so that those of one init alone are in memory.
+
+    Raises:
+        ConfigError: there is no such layer, or k does not fit.
+    """
     seed = evaluation.section.matrix.seeds[0] if evaluation.inits[init].name == "random" else 0
     backbone = evaluation.new_backbone(init, seed).to(evaluation.device)
-    return embed_patches(backbone, patches.images, device=evaluation.device)
+    if layer not in (None, *(stage.name for stage in backbone.stages)):
+        names = ", ".join(stage.name for stage in backbone.stages)
+        raise ConfigError(f"there is no layer {layer!r}. There are: {names}.")
+    features = embed_patches(backbone, patches.images, device=evaluation.device)
+    return {
+        (init, stage): find_neighbours(rows, patches.patients, k)
+        for stage, rows in features.items()
+    }
 
 
 def _table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,16 @@ PretextConfigFile = PretrainConfig | StudyConfig
 DEFAULT_FOLDER = Path("runs/preview")
 
 NUM_ROWS = 6
-"""Rows of pictures in a grid: what fits on a screen."""
+"""Rows of pictures in a grid, at most, for one task: what fits on a screen."""
 
 _COLUMNS = 6
-"""Pictures in a row; shorter rows, of two or three pictures a puzzle, stand side by side."""
+"""Pictures that short rows of equal length are joined up to; a longer row stays whole."""
 
 _IMAGES = 16
 """Images in a batch to show puzzles of: no more than training takes, and few enough for a CPU."""
 
 _MAX_BATCHES = 20
-"""Batches looked through for puzzles that count; where most are of air, a few rows must do."""
+"""Batches looked through for pictures; where a task shows few of them, a few rows must do."""
 
 _OWNER_ONLY = 0o600
 
@@ -53,7 +54,10 @@ _OWNER_ONLY = 0o600
 def run(
     config: PretextConfigFile, out: Path = DEFAULT_FOLDER, *, progress: Progress = silent
 ) -> dict[str, Path]:
-    """Write a grid of puzzles for each pretext task of a config, as training makes them.
+    """Write a grid of puzzles for each pretext task of a config, drawn as in training.
+
+    Crops, augmentation and puzzles are of the pretraining pool, by the seeds of training, but in
+    batches of their own. A store is prepared first where it is missing; of a study, an index too.
 
     The pictures show pixels of patients: only their owner may read them, and nothing else gets
     them, neither a report nor MLflow.
@@ -61,14 +65,16 @@ def run(
     Args:
         config: of a pretraining, or of a study with inits that have a pretext.
         out: the folder to write ``preview_<name>.png`` into.
-        progress: told about rows as they are drawn.
+        progress: told about scans as they are prepared, then after each batch how many rows of
+            a grid there are.
 
     Returns:
         The PNG files, by the name of the init, or of the pretext for a pretraining.
 
     Raises:
-        ConfigError: no init has a pretext, or a task draws nothing.
-        DataError: there is no index, or it holds no accepted scan.
+        ConfigError: no init has a pretext, a task does not fit its crops, or it draws nothing.
+        DataError: a pretraining's index is not there, no scan is accepted or left to pretrain on,
+            or one cannot answer what a task asks for.
     """
     jobs = jobs_of(config)
     _, store, splits = gather(config, progress)
@@ -87,10 +93,14 @@ def run(
 
 
 def plan(config: PretextConfigFile, out: Path = DEFAULT_FOLDER) -> dict[str, Any]:
-    """Return what `run` would do, touching nothing."""
+    """Return what `run` would do, touching nothing.
+
+    Raises:
+        ConfigError: no init has a pretext, or a task does not fit its crops.
+        DataError: see `check_index`.
+    """
     jobs = jobs_of(config)
-    if isinstance(config, PretrainConfig):
-        Index.open(config.index).select(config.select)
+    check_index(config)
     return {
         "pretext": {name: job.pretext.name for name, job in jobs.items()},
         "pictures": [str(picture_file(out, name)) for name in jobs],
@@ -104,10 +114,10 @@ def picture_file(out: Path, name: str) -> Path:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> PretextConfigFile:
-    """Read the config of a pretraining or of a study.
+    """Read the config of a pretraining or of a study, with ``section.key=value`` overrides.
 
     Raises:
-        ConfigError: it is of another kind, or does not fit its kind.
+        ConfigError: there is no such file, it is of another kind, or does not fit its kind.
     """
     kind, config = load_any(path, overrides)
     if not isinstance(config, (PretrainConfig, StudyConfig)):
@@ -119,7 +129,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> PretextConfigFile:
 
 
 def jobs_of(config: PretextConfigFile) -> dict[str, Pretraining]:
-    """Return the pretrainings of a config, by the name of the init or pretext.
+    """Return the pretrainings of a study by the name of the init, or the one of a pretraining.
+
+    The one of a pretraining goes by the name of its pretext.
 
     Raises:
         ConfigError: there is none, or a task does not fit its crops.
@@ -143,11 +155,23 @@ def jobs_of(config: PretextConfigFile) -> dict[str, Pretraining]:
     return jobs
 
 
+def check_index(config: PretextConfigFile) -> None:
+    """Refuse a pretraining whose index cannot be used; a study makes its own.
+
+    Raises:
+        DataError: there is no index, it is damaged, or ``select`` leaves none of its scans.
+    """
+    if isinstance(config, PretrainConfig):
+        Index.open(config.index).select(config.select)
+
+
 def gather(config: PretextConfigFile, progress: Progress = silent) -> tuple[Index, Store, Splits]:
     """Return index, store and splits of a config, as pretraining and study have them.
 
+    The store is made where it is missing, and so is the index of a study.
+
     Raises:
-        DataError: a pretraining's index is not there, or there is no accepted scan.
+        DataError: see `check_index`; or no scan is accepted, or some cannot be prepared.
     """
     if isinstance(config, StudyConfig):
         index, _, splits, store = study.gather(config, progress)
@@ -163,26 +187,41 @@ def gather(config: PretextConfigFile, progress: Progress = silent) -> tuple[Inde
     return index, store, splits
 
 
+def pool_sampler(job: Pretraining, store: Store, splits: Splits) -> CropSampler:
+    """Return the sampler of a pretraining's crops, seeded as in training.
+
+    Raises:
+        DataError: the pool holds no scan, or one that cannot answer the task's request.
+    """
+    scans = scans_of(store, pretraining_pool(store, splits))
+    seed = derive_seed(job.seed, "pretrain", job.label)
+    request = job.task().request(job.sampling.request())
+    return CropSampler(store, scans, request, seed, "pretrain")
+
+
 def _rows(
     name: str, job: Pretraining, store: Store, splits: Splits, progress: Progress
 ) -> list[list[Panel]]:
-    """Return rows of pictures of puzzles of the pretraining pool, augmented as in training."""
+    """Return rows of pictures of puzzles of the pretraining pool, augmented as in training.
+
+    `NUM_ROWS` at most; of several tasks on one backbone (`multi`) more, so that none is cut off.
+
+    Raises:
+        ConfigError: the task shows no puzzle of `_MAX_BATCHES` batches.
+    """
     task = job.task()
-    request = task.request(job.sampling.request())
-    seed = derive_seed(job.seed, "pretrain", job.label)
-    scans = scans_of(store, pretraining_pool(store, splits))
-    sampler = CropSampler(store, scans, request, seed, "pretrain")
+    sampler = pool_sampler(job, store, splits)
     size = min(_IMAGES, job.section.training.global_batch_size)
     found: list[list[Panel]] = []
     rows: list[list[Panel]] = []
     for number in range(_MAX_BATCHES):
         sample = sampler.batch(number, size).to(job.device)
-        generator = torch_generator(seed, "step", number, device=job.device)
-        sample.images, _ = augment(
-            sample.images, None, job.section.augmentation, generator, request.axes
+        generator = torch_generator(sampler.seed, "step", number, device=job.device)
+        images, _ = augment(
+            sample.images, None, job.section.augmentation, generator, sampler.request.axes
         )
         with torch.no_grad():
-            for batch in task.puzzles(sample, generator):
+            for batch in task.puzzles(replace(sample, images=images), generator):
                 found += [row for row in task.panels(batch, None) if row]
         rows = _side_by_side(found)
         progress(f"preview {name}", min(len(rows), NUM_ROWS), NUM_ROWS)
@@ -193,7 +232,6 @@ def _rows(
             f"pretext: {job.pretext.name} draws no puzzle of {_MAX_BATCHES} batches. Perhaps its "
             "crops are mostly air: raise sampling.min_foreground."
         )
-    # Of several kinds of puzzles in a batch, none is cut off.
     return rows if len(task.parts()) > 1 else rows[:NUM_ROWS]
 
 

@@ -71,7 +71,12 @@ def augment(
     if config.brightness > 0:
         images = images + config.brightness * _uniform(images, generator)
     if config.noise_std > 0:
-        std = config.noise_std * (_uniform(images, generator) + 1) / 2
+        # A level for each channel: were it that of the sample, two sequences would be known by it
+        # to belong together (`correspondence`).
+        level_BC = torch.rand(
+            images.shape[:2], generator=generator, device=images.device, dtype=images.dtype
+        )
+        std = config.noise_std * level_BC.reshape(*level_BC.shape, *(1,) * (images.ndim - 2))
         noise = torch.randn(
             images.shape, generator=generator, device=images.device, dtype=images.dtype
         )

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medssl.errors import ConfigError, DataError
+from medssl.evaluation import neighbours
 from medssl.evaluation.neighbours import (
     BACKGROUND,
+    PATCH_BYTES,
     Agreement,
     Patches,
     chance_share,
@@ -73,12 +75,17 @@ def scans(folder: Path, keys: str = "abcd", shape: tuple[int, ...] = SHAPE) -> S
 
 
 def cut(
-    folder: Path, size: tuple[int, ...] = (8, 8), *, seed: int = 0, per_class: int = 5
+    folder: Path,
+    size: tuple[int, ...] = (8, 8),
+    *,
+    seed: int = 0,
+    per_class: int = 5,
+    max_bytes: int = PATCH_BYTES,
 ) -> Patches:
     store = scans(folder)
     return cut_patches(
         store, store.scan_keys, request(size), NAMES[1:],
-        per_class=per_class, generator=numpy_generator(seed, "patches"),
+        per_class=per_class, generator=numpy_generator(seed, "patches"), max_bytes=max_bytes,
     )  # fmt: skip
 
 
@@ -154,9 +161,76 @@ def test_scans_smaller_than_a_patch_are_left_out_and_counted(tmp_path: Path):
     assert patches.patient_keys == ("a", "b")
 
 
+@pytest.mark.parametrize(("per_class", "wanted"), [(5, 5), (2, 2), (7, 7)])
+def test_a_patient_of_several_scans_gives_no_more_patches(
+    tmp_path: Path, per_class: int, wanted: int
+):
+    image = np.full(SHAPE, 0.6)
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[6:14, 8:16] = 1
+    keys = ("a1", "a2", "a3", "b1")
+    store = make_store(
+        tmp_path, dict.fromkeys(keys, image), masks={key: {"organ": mask} for key in keys}
+    )
+    patches = cut_patches(
+        store, store.scan_keys, request((6, 6)), ["organ"],
+        per_class=per_class, generator=numpy_generator(0, "patches"),
+    )  # fmt: skip
+    assert np.bincount(patches.patients * 2 + patches.classes).tolist() == [wanted] * 4
+    of_a = [patches.scan_keys.count(key) for key in keys[:3]]
+    assert max(of_a) - min(of_a) <= 2  # one a class
+
+
+@pytest.mark.parametrize(
+    ("patches_that_fit", "per_class", "num_patients"),
+    [(60, 5, 4), (59, 4, 4), (25, 2, 4), (12, 1, 4), (11, 1, 3), (6, 1, 2)],
+)
+def test_patches_keep_to_the_memory_and_every_structure_gives_up_as_many(
+    tmp_path: Path, patches_that_fit: int, per_class: int, num_patients: int
+):
+    patches = cut(tmp_path, max_bytes=patches_that_fit * 8 * 8 * 4)
+    assert patches.counts() == dict.fromkeys(NAMES, per_class * num_patients)
+    assert len(patches.patient_keys) == num_patients
+    assert patches.images.nbytes <= patches_that_fit * 8 * 8 * 4
+    assert bool(patches.note) == (patches_that_fit < 60)
+
+
+def test_what_the_memory_left_out_is_told(tmp_path: Path):
+    assert cut(tmp_path / "few", max_bytes=11 * 256).note == (
+        "Patches may take 0 MiB, that is 11 of 8 x 8 voxels: each structure of each patient has "
+        "1 at most in place of 5; 3 of 4 patients."
+    )
+    assert cut(tmp_path / "all").note == ""
+
+
+def test_patches_two_patients_of_which_exceed_the_memory_are_refused(tmp_path: Path):
+    with pytest.raises(
+        ConfigError,
+        match=r"a patch of 8 x 8 voxels \(channels: 1\) takes .*Set a smaller sampling\.crop_size",
+    ):
+        cut(tmp_path, max_bytes=5 * 256)
+
+
+@both_sizes
+def test_a_patch_does_not_keep_its_scan_in_memory(
+    tmp_path: Path, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    held = []
+    real = neighbours._cut_scan
+    monkeypatch.setattr(
+        neighbours, "_cut_scan", lambda *given: held.append(real(*given)) or held[-1]
+    )
+    cut(tmp_path, size)
+    assert all(image.base is None for found in held for _, image in found)
+
+
 def test_patches_larger_than_all_scans_are_refused(tmp_path: Path):
     store = scans(tmp_path)
-    with pytest.raises(DataError, match=r"found 0 and 0 in 4 scans \(4 of them smaller than a pat"):
+    with pytest.raises(
+        DataError,
+        match=r"found 0 and 0 in 4 scans \(4 of them smaller than a patch.*Check the masks; or set "
+        r"a smaller sampling\.crop_size .* or a larger splits\.val_fraction",
+    ):
         cut_patches(
             store, store.scan_keys, request((40, 40)), NAMES[1:],
             per_class=3, generator=numpy_generator(0, "patches"),
@@ -183,6 +257,27 @@ def test_features_are_the_mean_of_every_stage(dims: int):
     for features, maps in zip(found.values(), wanted, strict=True):
         assert features.shape == (300, maps.shape[1])
         assert torch.allclose(features[290:], maps.flatten(2).mean(2), atol=1e-5)
+
+
+@pytest.mark.parametrize(("voxels", "most"), [(2**20, 256), (640, 10), (1, 1)])
+def test_a_backbone_sees_a_bounded_number_of_voxels_at_once(
+    voxels: int, most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(neighbours, "_VOXELS_AT_ONCE", voxels)
+    backbone = tiny_backbone(2)
+    seen: list[int] = []
+    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    embed_patches(backbone, torch.zeros(300, 1, 8, 8), device=CPU)
+    assert max(seen) == most
+    assert sum(seen) == 300
+
+
+def test_what_is_found_keeps_no_other_similarities_in_memory(monkeypatch: pytest.MonkeyPatch):
+    kept = []
+    real = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: kept.extend(parts) or real(parts))
+    find_neighbours(torch.rand(30, 4), np.arange(30) % 3, 2)
+    assert [part.untyped_storage().nbytes() for part in kept] == [30 * 2 * 8]
 
 
 @given(
@@ -213,7 +308,7 @@ def test_more_queries_than_are_compared_at_once_find_the_same(monkeypatch: pytes
     features = torch.randn(90, 6, generator=torch_generator(0, "features"))
     patients = np.arange(90) % 7
     whole = find_neighbours(features, patients, 4)
-    monkeypatch.setattr("medssl.evaluation.neighbours._QUERIES_AT_ONCE", 13)
+    monkeypatch.setattr(neighbours, "_PAIRS_AT_ONCE", 13 * 90)
     assert np.array_equal(find_neighbours(features, patients, 4), whole)
 
 
@@ -233,7 +328,10 @@ def test_among_equals_the_earlier_patch_comes_first():
 
 @pytest.mark.parametrize("k", [0, 7])
 def test_more_neighbours_than_there_are_is_refused(k: int):
-    with pytest.raises(ConfigError, match=f"k is {k}, and there are 6 patches of other patients"):
+    with pytest.raises(
+        ConfigError,
+        match=f"k is {k}, and there are 6 patches of other patients .*Give --k a number from 1 to",
+    ):
         find_neighbours(torch.rand(9, 3), np.repeat([0, 1, 2], 3), k)
 
 
@@ -257,8 +355,8 @@ def test_random_features_reach_about_chance():
 
 def test_structures_count_alike_however_many_patches_they_have():
     patches = described([0] * 8 + [1] * 2, [0, 1] * 5, NAMES[:2])
-    neighbours = np.array([[0, 1]] * 10)  # always background: right 8 times of 10
-    found = Agreement(neighbours, patches)
+    found_10 = np.array([[0, 1]] * 10)  # always background: right 8 times of 10
+    found = Agreement(found_10, patches)
     assert found.by_class == {BACKGROUND: 1.0, "left": 0.0}
     assert found.share == 0.5
 
@@ -277,10 +375,10 @@ def test_chance_is_what_drawing_blindly_gives():
 
 def test_drawing_every_patient_once_gives_the_share_itself():
     patches = balanced()
-    neighbours = find_neighbours(
+    nearest = find_neighbours(
         torch.randn(len(patches.classes), 4, generator=torch_generator(1, "f")), patches.patients, 5
     )
-    found = Agreement(neighbours, patches)
+    found = Agreement(nearest, patches)
     once = np.ones((1, len(patches.patient_keys)))
     assert found.resampled(once)[0] == pytest.approx(found.share)
 

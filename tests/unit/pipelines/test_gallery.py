@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from medssl.cli import cli
 from medssl.config import load_config
-from medssl.errors import ConfigError, DataError, WeightsError
+from medssl.errors import ConfigError, DataError, MedsslError, WeightsError
 from medssl.models.build import build_backbone
 from medssl.models.checkpoints import Contract, save_checkpoint
 from medssl.pipelines import gallery, prepare
@@ -160,6 +164,74 @@ def test_pictures_of_patients_are_written_only_where_the_study_includes_them(
     assert (found.folder / "gallery_layers.png").is_file()
 
 
+def test_fewer_patches_than_asked_for_are_noted(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = gallery.cut_patches
+    monkeypatch.setattr(
+        gallery, "cut_patches", lambda *given, **named: real(*given, **named, max_bytes=36 * 1024)
+    )
+    found = gallery.run(changed(finished, tmp_path, include_images=False), k=4)
+    note = json.loads((found.folder / "gallery.json").read_text())["note"]
+    assert note.startswith("Patches may take 0 MiB, that is 36 of 16 x 16 voxels: each structure")
+    assert sum(found.facts["num_patches"].values()) <= 36
+    assert gallery.describe(found)[-1] == note
+
+
+def test_features_of_one_init_at_a_time_are_in_memory(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alive: list[weakref.ref[Any]] = []
+    real = gallery.embed_patches
+
+    def embed(*arguments: Any, **settings: Any) -> Any:
+        assert not any(features() is not None for features in alive)
+        found = real(*arguments, **settings)
+        alive.extend(weakref.ref(features) for features in found.values())
+        return found
+
+    monkeypatch.setattr(gallery, "embed_patches", embed)
+    gallery.run(changed(finished, tmp_path, include_images=False), k=4)
+    assert len(alive) == 3 * 5  # inits, stages
+
+
+OPTION = re.compile(r"--[a-z][a-z-]*")
+
+
+def refusals(finished: Path, place: Path) -> Iterator[Callable[[], Any]]:
+    """Yield starts that the command line, or a study's config, can be refused by."""
+    content = yaml.safe_load((finished / "config.yaml").read_text())
+    yield lambda: gallery.run(place)
+    yield lambda: gallery.run(finished, place, k=10**6)
+    yield lambda: gallery.run(finished, place, k=4, patch_size=(500, 500))
+    yield lambda: gallery.run(finished, place, k=4, patch_size=(40_000, 40_000))
+    without_masks = changed(finished, place / "tasks", tasks=content["tasks"][1:])
+    (without_masks / "provenance.json").unlink()
+    yield lambda: gallery.run(without_masks, k=4)
+    unfinished = changed(finished, place / "unfinished")
+    (unfinished / "checkpoints" / "rotation" / "contract.json").unlink()
+    yield lambda: gallery.run(unfinished, k=4)
+
+
+def test_remedies_name_options_and_settings_that_exist(finished: Path, tmp_path: Path):
+    options = {option for parameter in cli.commands["gallery"].params for option in parameter.opts}
+    config = load_config(finished / "config.yaml", StudyConfig)
+    messages = []
+    for start in refusals(finished, tmp_path):
+        with pytest.raises(MedsslError) as refused:
+            start()
+        messages.append(str(refused.value))
+    assert len(messages) == 6
+    for message in messages:
+        assert set(OPTION.findall(message)) <= options
+        for section, key in re.findall(r"\b(sampling|splits)\.([a-z_]+)\b", message):
+            assert hasattr(getattr(config, section), key) or key == "json", message
+    assert "Give --k a number from 1 to" in messages[1]
+    assert "sampling.crop_size" in messages[2]
+    assert "splits.val_fraction" in messages[2]
+    assert "sampling.crop_size" in messages[3]
+
+
 def test_another_layer_can_be_pictured(finished: Path, made: gallery.Gallery, tmp_path: Path):
     first, last = made.table["layer"].iloc[1], made.table["layer"].iloc[-1]
     assert made.facts["layer"] == last
@@ -210,7 +282,9 @@ def test_a_study_without_masks_is_refused(finished: Path, tmp_path: Path):
     content = yaml.safe_load((finished / "config.yaml").read_text())
     run = changed(finished, tmp_path, tasks=content["tasks"][1:])
     (run / "provenance.json").unlink()
-    with pytest.raises(ConfigError, match="no task of the study has masks"):
+    with pytest.raises(
+        ConfigError, match="no task of the study has masks.*with a segmentation task"
+    ):
         gallery.run(run, k=4)
 
 

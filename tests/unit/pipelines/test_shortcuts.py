@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from medssl.errors import DataError
 from medssl.models.heads import PooledHead
 from medssl.pipelines import shortcuts
-from medssl.pipelines.pretrain import Pretraining, PretrainSection
+from medssl.pipelines.pretrain import PretrainConfig, Pretraining, PretrainSection
 from medssl.pipelines.sections import SamplingConfig
-from medssl.pipelines.shortcuts import (
-    NO_SHORTCUT,
-    NOT_JUDGED,
-    REFERENCE,
-    SHORTCUT,
-    UNDECIDED,
-    Audit,
-    audit_task,
-    describe,
-    facts_of,
-    write,
-)
+from medssl.pipelines.shortcuts import Audit, audit_task, facts_of
 from medssl.pretext.base import ClassificationTask, PretextBatch, PretextConfig, PretextTask
 from medssl.pretext.rotation import Config as RotationConfig
 from medssl.pretext.rotation import Rotation
+from medssl.reports.shortcuts import NO_SHORTCUT, NOT_JUDGED, REFERENCE, SHORTCUT, UNDECIDED
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.transforms.sampling import SampleRequest
@@ -137,7 +124,7 @@ def job(task: PretextTask | None = None, name: str = "rotation", **training: Any
     data = {
         "backbone": backbone.model_dump(), "init": "random", "pretext": SETTINGS[name],
     }  # fmt: skip
-    config = shortcuts.PretrainConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {"index": ".", "preprocessing": {}, "sampling": {"crop_size": [16, 16]}, **data,
          "training": sections.model_dump()}
     )  # fmt: skip
@@ -301,7 +288,7 @@ def test_a_silhouette_is_taken_of_images_as_prepared(store: Store, monkeypatch):
 
 def test_a_probe_is_scored_with_means_that_fit_its_weights(store: Store):
     """One step moves the running means of batch norm a tenth of the way: they are taken anew."""
-    samplers = shortcuts._samplers(job(), job().task(), store, SPLITS)
+    samplers = shortcuts._samplers(job(), store, SPLITS)
     probe = shortcuts.ShortcutOnly(job().task(), shortcuts.EVERYTHING)
     network = shortcuts.build_network(tiny_backbone(2), probe, seed=0)
     norm = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
@@ -327,22 +314,3 @@ def test_a_probe_takes_the_configs_steps_up_to_two_hundred_and_its_schedule_cut(
     assert (cut.steps, cut.warmup_steps, cut.frozen_steps) == (200, 20, 10)
     assert shortcuts._training(job(steps=30), None).steps == 30
     assert shortcuts._training(job(steps=30, warmup_steps=3), 60).warmup_steps == 3
-
-
-def test_tables_and_figures_agree(leaking: Audit, tmp_path: Path):
-    audit = leaking
-    write([audit], tmp_path)
-    lines = list(csv.DictReader((tmp_path / "shortcuts.csv").read_text().splitlines()))
-    content = json.loads((tmp_path / "shortcuts.json").read_text())
-    assert content == facts_of([audit])
-    assert [line["verdict"] for line in lines] == [row.verdict for row in audit.rows]
-    assert [float(line["value"]) for line in lines] == [row.value for row in audit.rows]
-    assert lines[-1]["share"] == ""  # undefined
-    assert content[0]["rows"][-1]["share"] is None
-    with Image.open(tmp_path / "shortcuts_it.png") as picture:
-        assert picture.width > 500
-    text = "\n".join(describe([audit]))
-    for row in audit.rows:
-        assert f"{row.value:.3f}" in text
-        assert row.shown in text
-    assert "puzzles of one image or patient are not" in text

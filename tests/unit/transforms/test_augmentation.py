@@ -58,6 +58,27 @@ def test_each_sample_has_its_own_parameters(name: str) -> None:
     assert len(means) == 5
 
 
+def test_noise_is_another_in_each_channel() -> None:
+    """Were it the same, two sequences would be known by it to belong together."""
+    config = NOTHING.model_copy(update={"noise_std": 0.2})
+    images = torch.full((4, 3, 40, 40), 0.5)
+    found, _ = augment(images, None, config, torch_generator(0), ("X", "Y"))
+    for sample in found - images:
+        alike = torch.corrcoef(sample.flatten(1)) - torch.eye(3)
+        assert float(alike.abs().max()) < 0.1
+
+
+def test_the_level_of_noise_is_another_in_each_channel() -> None:
+    """A level in common would tell, too, that two sequences are of one image."""
+    config = NOTHING.model_copy(update={"noise_std": 0.2})
+    found, _ = augment(
+        torch.full((60, 2, 40, 40), 0.5), None, config, torch_generator(0), ("X", "Y")
+    )
+    first, second = found.flatten(2).std(2).unbind(1)
+    assert float(first.std()) > 0.02
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.4
+
+
 def test_inputs_stay_as_they_were() -> None:
     images, masks = batch()
     before = images.clone(), masks.clone()
