@@ -56,14 +56,12 @@ _REMEDIES: dict[str, tuple[tuple[str | None, str], ...]] = {
         (None, "raise augmentation.brightness and contrast"),
     ),
     "thumbnail": (
-        (None, "the coarse layout is enough. That is anatomy, but not its detail: if detail is "
-               "what should be learnt, take smaller crops"),
+        (None, "the coarse layout is enough; if detail should be learnt, take smaller crops"),
         ("gap", "smaller tiles"),
         (None, "more classes"),
     ),
     CONSTANT_CHECK: (
-        (None, "the label reaches the network without any image: by padding, or by how the task "
-               "makes its puzzles. Do not trust this task's accuracy"),
+        (None, "the label reaches the network without any image: do not trust this accuracy"),
     ),
 }  # fmt: skip
 """What helps against a shortcut, each with the setting of the task that it takes, if any."""

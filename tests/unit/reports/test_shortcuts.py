@@ -116,7 +116,7 @@ def test_every_shortcut_that_is_found_has_a_remedy():
     found = audit(*(classified(400, name) for name in names), constant=400)
     remedies = found.notes[1:]
     assert [note.split(" (")[0] for note in remedies] == [*names, CONSTANT_CHECK]
-    assert remedies[0].startswith("border (border in words): raise pretext.gap and pretext.jitter")
+    assert remedies[0].startswith("border (border in words): take crops that lie inside")
 
 
 def test_tables_and_figures_agree(tmp_path: Path):
