@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,11 +16,50 @@ from medssl.models.backbones.base import Backbone
 from medssl.models.build import seeded_construction
 from medssl.models.decoders import UNetDecoder
 
-SMALL = {"base_channels": 4}
-"""Settings that make a network small, where a family has them."""
-
-ODD_SIZE = (37, 70, 35)
 EVEN_SIZE = (64, 32, 32)
+ODD_SIZE = (37, 70, 35)
+ALIGNED_SIZE = (64, 64, 32)
+"""Sizes: of no stride's multiple; of multiples; and large enough for any divisor here."""
+
+SMALL = {"resnet": 4, "densenet": 8, "swin_unetr": 12, "segresnet": 8}
+"""Base channels that make a network of MONAI small."""
+
+TIMM = (
+    "efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "regnety_002",
+    "edgenext_xx_small",
+    "vit_tiny_patch16_224",
+)
+"""timm has more than a thousand networks; these stand for its families."""
+
+MORE: dict[str, list[dict[str, Any]]] = {
+    "monai": [{"variant": variant, "spatial_dims": 2} for variant in ("densenet", "segresnet")]
+    + [
+        {"variant": "swin_unetr", "spatial_dims": 2},
+        {"variant": "resnet", "norm": "group"},
+        {"variant": "segresnet", "norm": "instance", "spatial_dims": 2},
+    ],
+    "timm": [{"variant": "mobilenetv3_small_050", "norm": "group"}],
+    "torchvision": [{"variant": "resnet18", "norm": "group"}],
+}
+"""Combinations that a single other choice does not reach."""
+
+SLOW = {
+    ("timm", "regnety_002"),
+    ("timm", "edgenext_xx_small"),
+    ("torchvision", "resnet34"),
+    ("torchvision", "resnet50"),
+    ("torchvision", "convnext_tiny"),
+    ("torchvision", "vit_b_16"),
+    ("torchvision", "swin_t"),
+}
+"""Variants whose like is tested anyway, or that take many seconds."""
+
+SLOW_3D = {"densenet", "swin_unetr"}
+OF_SOME_VARIANTS = {"depth", "norm"}
+"""Fields whose choices depend on the variant; `MORE` and the unit tests go through them."""
 
 
 def variants(name: str) -> Iterator[ComponentConfig]:
@@ -28,30 +68,83 @@ def variants(name: str) -> Iterator[ComponentConfig]:
     base: dict[str, Any] = {}
     others: list[dict[str, Any]] = []
     for field, info in cls.model_fields.items():
-        if get_origin(info.annotation) is Literal:
-            choices = get_args(info.annotation)
-            base[field] = choices[0] if info.is_required() else info.default
-            others += [{field: choice} for choice in choices if choice != base[field]]
-        elif field in SMALL:
-            base[field] = SMALL[field]
-    for changes in ({}, *others):
-        yield cls.model_validate({**base, **changes})
+        if name == "timm" and field == "variant":
+            base[field] = TIMM[0]
+            others += [{field: choice} for choice in TIMM[1:]]
+        elif field not in OF_SOME_VARIANTS and (choices := literal(info.annotation)):
+            own = choices[0] if info.is_required() else info.default
+            if own is not None:
+                base[field] = own
+            others += [{field: choice} for choice in choices if choice not in {own, None}]
+    for changes in ({}, *others, *MORE.get(name, [])):
+        chosen = {**base, **changes}
+        if name == "monai":
+            chosen["base_channels"] = SMALL[chosen["variant"]]
+        yield cls.model_validate(chosen)
 
 
-CONFIGS = [config for name in BACKBONES.names() for config in variants(name)]
+def literal(annotation: Any) -> tuple[Any, ...]:
+    """Return the choices of a field, of an optional one, too."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in literal(part))
+
+
+def marks(config: ComponentConfig) -> list[pytest.MarkDecorator]:
+    variant = getattr(config, "variant", "")
+    found = []
+    if (config.name, variant) in SLOW:
+        found.append(pytest.mark.slow)
+    if variant in SLOW_3D and config.spatial_dims == 3:
+        found.append(pytest.mark.slow)
+    if variant == "swin_unetr":
+        absent = importlib.util.find_spec("einops") is None
+        found.append(pytest.mark.skipif(absent, reason="MONAI's swin_unetr needs einops"))
+    return found
 
 
 def label(config: ComponentConfig) -> str:
     return "-".join(str(value) for value in config.model_dump().values())
 
 
-every_backbone = pytest.mark.parametrize("config", CONFIGS, ids=label)
+CONFIGS = [
+    pytest.param(config, id=label(config), marks=marks(config))
+    for name in BACKBONES.names()
+    for config in variants(name)
+]
+
 channels = pytest.mark.parametrize("in_channels", [1, 3])
 
 
-def build(config: ComponentConfig, in_channels: int = 1) -> Backbone:
-    with seeded_construction(0, "test"):
-        return BACKBONES.build(config, in_channels=in_channels)
+class Built:
+    """A family's backbone for any number of channels, built once each."""
+
+    def __init__(self, config: ComponentConfig) -> None:
+        self.config = config
+        self.by_channels: dict[int, Backbone] = {}
+
+    def __call__(self, in_channels: int = 1) -> Backbone:
+        if in_channels not in self.by_channels:
+            with seeded_construction(0, "test"):
+                backbone = BACKBONES.build(self.config, in_channels=in_channels)
+            self.by_channels[in_channels] = backbone
+        backbone = self.by_channels[in_channels].train()
+        backbone.zero_grad(set_to_none=True)
+        return backbone
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def build(request: pytest.FixtureRequest) -> Built:
+    """Return what builds a backbone; all tests of a configuration share it."""
+    return Built(request.param)
+
+
+def stir(backbone: Backbone) -> None:
+    """Move the weights off zero: a residual branch may start with a scale that lets none pass."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
 
 
 def images(backbone: Backbone, size: tuple[int, ...] = ODD_SIZE, batch: int = 2) -> torch.Tensor:
@@ -60,11 +153,10 @@ def images(backbone: Backbone, size: tuple[int, ...] = ODD_SIZE, batch: int = 2)
     return torch.rand(shape, generator=generator)
 
 
-@every_backbone
 @channels
 @pytest.mark.parametrize("size", [ODD_SIZE, EVEN_SIZE], ids=["odd", "even"])
-def test_stages_have_the_declared_channels_and_strides(config, in_channels, size):
-    backbone = build(config, in_channels).eval()
+def test_stages_have_the_declared_channels_and_strides(build, in_channels, size):
+    backbone = build(build, in_channels).eval()
     x_BC = images(backbone, size, batch=1)
     with torch.inference_mode():
         features = backbone(x_BC)
@@ -73,18 +165,16 @@ def test_stages_have_the_declared_channels_and_strides(config, in_channels, size
         assert feature.shape == (1, stage.channels, *stage.size(tuple(x_BC.shape[2:])))
 
 
-@every_backbone
-def test_stages_run_from_fine_to_coarse_and_have_names_of_their_own(config):
-    stages = build(config).stages
+def test_stages_run_from_fine_to_coarse_and_have_names_of_their_own(build):
+    stages = build().stages
     strides = [stage.stride for stage in stages]
     assert strides == sorted(strides)
     assert len({stage.name for stage in stages}) == len(stages)
 
 
-@every_backbone
 @channels
-def test_every_parameter_receives_a_gradient_through_the_embedding(config, in_channels):
-    backbone = build(config, in_channels)
+def test_every_parameter_receives_a_gradient_through_the_embedding(build, in_channels):
+    backbone = build(build, in_channels)
     embedding = backbone.embed(images(backbone))
     assert embedding.shape == (2, backbone.embedding_channels)
     weights = torch.linspace(-1, 1, embedding.numel()).view_as(embedding)
@@ -92,9 +182,9 @@ def test_every_parameter_receives_a_gradient_through_the_embedding(config, in_ch
     assert without_gradient(backbone) == []
 
 
-@every_backbone
-def test_every_parameter_receives_a_gradient_through_the_decoder(config):
-    backbone = build(config)
+def test_every_parameter_receives_a_gradient_through_the_decoder(build):
+    backbone = build()
+    stir(backbone)
     with seeded_construction(0, "decoder"):
         decoder = UNetDecoder(backbone, out_channels=2, channels=(4,) * len(backbone.stages))
     x_BC = images(backbone)
@@ -106,19 +196,17 @@ def test_every_parameter_receives_a_gradient_through_the_decoder(config):
     assert without_gradient(decoder) == []
 
 
-@every_backbone
-def test_the_input_is_left_as_it_was(config):
-    backbone = build(config)
+def test_the_input_is_left_as_it_was(build):
+    backbone = build()
     x_BC = images(backbone)
     before = x_BC.clone()
     backbone(x_BC)
     assert torch.equal(x_BC, before)
 
 
-@every_backbone
-def test_the_declared_normalisation_is_what_the_network_sees(config):
-    backbone = build(config, in_channels=3).eval()
-    x_BC = images(backbone, batch=1)
+def test_the_declared_normalisation_is_what_the_network_sees(build):
+    backbone = build(3).eval()
+    x_BC = images(backbone, ALIGNED_SIZE, batch=1)
     shape = (1, 3, *([1] * backbone.spatial_dims))
     mean, std = (torch.tensor(v).view(shape) for v in (backbone.input_mean, backbone.input_std))
     with torch.inference_mode():
@@ -127,16 +215,14 @@ def test_the_declared_normalisation_is_what_the_network_sees(config):
     assert all(torch.equal(a, b) for a, b in zip(direct, whole, strict=True))
 
 
-@every_backbone
-def test_the_state_dict_holds_weights_only(config):
+def test_the_state_dict_holds_weights_only(build):
     """Constants of the architecture stay out of checkpoints, and no layer is without use."""
-    backbone = build(config)
+    backbone = build()
     assert all(name.startswith("net.") for name in backbone.state_dict())
 
 
-@every_backbone
-def test_images_of_another_shape_are_refused(config):
-    backbone = build(config)
+def test_images_of_another_shape_are_refused(build):
+    backbone = build()
     wrong = torch.zeros(1, 2, *EVEN_SIZE[: backbone.spatial_dims])
     with pytest.raises(ConfigError, match=r"takes images .* of 1 channel\(s\), found shape \(1, 2"):
         backbone(wrong)
