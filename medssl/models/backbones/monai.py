@@ -11,6 +11,7 @@ from typing import Literal
 from monai.networks.nets.resnet import ResNet
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from medssl.config import ComponentConfig
 from medssl.models.backbones.base import Backbone, Stage
@@ -37,6 +38,9 @@ class Config(ComponentConfig):
         base_channels: feature maps of the stem; the layers have 1, 2, 4 and 8 times as many.
         stem_stride: 2 halves the image at once, as in 2D; 1 keeps small structures, at eight times
             the cost of the stem in 3D. All later strides follow.
+        shortcut: how a block that halves the resolution passes its input on: ``B`` through a
+            1 x 1 convolution, ``A`` as it is, every second voxel, with channels of zeros added
+            (MedicalNet's networks of depth 18 and 34).
     """
 
     name: Literal["monai"] = "monai"
@@ -45,6 +49,19 @@ class Config(ComponentConfig):
     spatial_dims: Literal[2, 3] = 3
     base_channels: int = Field(default=64, ge=4, le=256)
     stem_stride: Literal[1, 2] = 2
+    shortcut: Literal["A", "B"] = "B"
+
+
+class _ResNet(ResNet):
+    """MONAI's network, whose shortcut of type A passes gradients on; MONAI's detaches it."""
+
+    def _downsample_basic_block(
+        self, x: Tensor, planes: int, stride: int, spatial_dims: int = 3
+    ) -> Tensor:
+        every = (slice(None, None, stride),) * spatial_dims
+        taken = x[(slice(None), slice(None), *every)]
+        added = planes - taken.shape[1]
+        return functional.pad(taken, (0, 0) * spatial_dims + (0, added))
 
 
 class MonaiBackbone(Backbone):
@@ -56,13 +73,14 @@ class MonaiBackbone(Backbone):
     def __init__(self, config: Config, in_channels: int = 1) -> None:
         block, layers = BLOCKS[config.depth]
         widths = [config.base_channels * factor for factor in (1, 2, 4, 8)]
-        net = ResNet(
+        net = _ResNet(
             block,
             layers,
             widths,
             spatial_dims=config.spatial_dims,
             n_input_channels=in_channels,
             conv1_t_stride=config.stem_stride,
+            shortcut_type=config.shortcut,
             feed_forward=False,
             bias_downsample=False,  # a batch norm follows, which takes any bias away
         )
