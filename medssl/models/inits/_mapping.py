@@ -62,7 +62,8 @@ def map_state(
                 f"init.ignore: {pattern!r} matches no tensor of {source}. Its names begin with "
                 f"{_beginnings(file_state)}. Correct the pattern or take it out."
             )
-    names = {name: name for name in file_state if name not in set(ignored)}
+    left_out = set(ignored)
+    names = {name: name for name in file_state if name not in left_out}
     for pattern, replacement in rules:
         renamed = {own: re.sub(pattern, replacement, name) for own, name in names.items()}
         if not any(re.search(pattern, name) for name in names.values()):
