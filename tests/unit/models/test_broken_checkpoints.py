@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from hostile_weights import Bomb, hostile_files
 from medssl.errors import MedsslError
 from medssl.models.backbones.monai import Config as BackboneConfig
 from medssl.models.build import build_backbone
@@ -27,8 +28,6 @@ from medssl.models.checkpoints import (
 )
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.models.inits.random import Config as RandomConfig
-
-from hostile_weights import Bomb, hostile_files
 
 SMALL = BackboneConfig(depth=10, spatial_dims=2, base_channels=4)
 TENSOR = "net.layer2.0.conv1.weight"

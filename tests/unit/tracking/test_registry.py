@@ -108,7 +108,7 @@ def test_a_model_is_the_checkpoint_that_was_registered(place, uri, folder):
 
 def test_the_init_loads_a_model_under_its_contract(place):
     path = Path("models:/heart@champion")
-    backbone, report = build_backbone(SMALL, CheckpointConfig(path=path), in_channels=1, seed=0)
+    _, report = build_backbone(SMALL, CheckpointConfig(path=path), in_channels=1, seed=0)
     assert report.percent == 100
     assert report.source == "checkpoint 'models:/heart@champion' (imagenet → rotation)"
     assert report.sha256 == load_contract(place / "second").weights_sha256

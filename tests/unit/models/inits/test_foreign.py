@@ -126,7 +126,7 @@ def test_missing_rules_are_proposed(file):
     assert "tensors of backbone monai" in message
     assert "are not in the file: net.conv1.weight" in message
     assert r"['^module\.encoder\.', 'net.']" in message
-    rule = message.split("['^")[1].split("',")[0]
+    rule = message.split("['^")[1].split("',", maxsplit=1)[0]
     assert is_own(load(file, key_map=[[f"^{rule}", "net."]])[0])
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torchvision import models
 
 from hostile_weights import hostile_files
-
 from medssl.errors import ConfigError, MachineError, WeightsError
 from medssl.models.backbones.base import Backbone, ImagenetWeights
 from medssl.models.backbones.monai import Config as MonaiConfig
