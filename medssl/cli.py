@@ -381,6 +381,112 @@ def datasets_verify(folder: Path, as_json: bool) -> None:
 
 
 @cli.group()
+def weights() -> None:
+    """Weight files: what is published and what is here; fetch, verify, register.
+
+    \b
+    For a machine without a network:
+      medssl weights fetch torchvision:resnet50 --out /media/stick     on one that has it
+      medssl weights verify /media/stick                               where it arrives
+      init: {name: imagenet, path: /media/stick}                       in the config
+    """
+
+
+@weights.command("list")
+@_JSON
+def weights_list(as_json: bool) -> None:
+    """List the ImageNet weights that backbones can take, and where they are on this machine."""
+    from medssl.pipelines import weights as pipeline
+
+    rows = pipeline.table()
+    if as_json:
+        click.echo(json.dumps(pipeline.facts_of(rows), indent=2))
+        return
+    for line in pipeline.describe(rows):
+        click.echo(line)
+
+
+@weights.command("fetch")
+@click.argument("backbone", metavar="FAMILY:VARIANT")
+@_out("Folder to write the file into. Default: the torch hub cache, where init imagenet looks.")
+@click.option("--sha256", help="The hash it must have, where its publisher states none.")
+@_JSON
+def weights_fetch(backbone: str, out: Path | None, sha256: str | None, as_json: bool) -> None:
+    """Download the ImageNet weights of a backbone; what is not the published file is not kept.
+
+    \b
+    medssl weights fetch torchvision:resnet50 --out /media/stick
+    """
+    from medssl.pipelines import weights as pipeline
+
+    with _progress(as_json) as progress:
+        got = pipeline.fetch(backbone, out, sha256=_hash(sha256), progress=progress)
+    _print({"file": got.path, "sha256": got.sha256, "checked": got.text}, as_json)
+
+
+@weights.command("verify")
+@click.argument("target", metavar="FILE|FOLDER|all", default="all")
+@click.option("--sha256", help="The hash the file must have.")
+@_JSON
+def weights_verify(target: str, sha256: str | None, as_json: bool) -> None:
+    """Compare weight files and checkpoints with the hashes that were stated for them.
+
+    Exit code 3: a file is not what it should be; 4: there is none.
+
+    \b
+    medssl weights verify /media/stick
+    medssl weights verify runs/ours/checkpoints/rotation
+    """
+    from medssl.pipelines import weights as pipeline
+
+    checks = pipeline.verify(None if target == "all" else Path(target), sha256=_hash(sha256))
+    if as_json:
+        click.echo(json.dumps(pipeline.facts_of(checks), indent=2))
+    else:
+        for check in checks:
+            mark = "ok  " if check.is_right else "FAIL"
+            click.echo(f"{mark}  {check.file}: {check.text} (sha256 {check.sha256[:12] or '?'})")
+    problem = pipeline.failure(checks)
+    if problem is not None:
+        raise problem
+
+
+@weights.command("register")
+@click.argument("checkpoint", type=_PATH)
+@click.argument("name")
+@click.option("--alias", help="Name that is moved to this version, for example: champion.")
+@_JSON
+def weights_register(checkpoint: Path, name: str, alias: str | None, as_json: bool) -> None:
+    """Register a checkpoint as a version of a model in MLflow's registry.
+
+    A config then takes it as: {name: checkpoint, path: "models:/NAME@ALIAS"}.
+
+    \b
+    medssl weights register runs/ours/checkpoints/rotation heart --alias champion
+    """
+    from medssl.models.checkpoints import find_checkpoint
+    from medssl.tracking.registry import register_checkpoint
+
+    uri = register_checkpoint(find_checkpoint(checkpoint), name, alias)
+    named = {"alias": f"models:/{name}@{alias}"} if alias else {}
+    _print({"model": uri, **named}, as_json)
+
+
+def _hash(text: str | None) -> str | None:
+    """Return a whole sha256 in lower case.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text is None:
+        return None
+    digits = text.strip().lower()
+    if len(digits) != 64 or set(digits) - set("0123456789abcdef"):
+        raise ConfigError(f"--sha256 takes 64 hexadecimal digits, not {text!r}. Copy it whole.")
+    return digits
+
+
+@cli.group()
 def config() -> None:
     """Configuration files: check, show, schema."""
 

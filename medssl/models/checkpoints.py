@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,16 @@ from medssl.config import ComponentConfig, Config, validate_config
 from medssl.errors import WeightsError
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
+from medssl.tracking import registry
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 WEIGHTS_FILE = "backbone.safetensors"
 CONTRACT_FILE = "contract.json"
 RUN_SUBFOLDER = Path("checkpoints") / "backbone"
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers of a contract are equal when they differ by less than this share."""
+
+_Content = dict[str, Any]
 
 
 class Contract(Config):
@@ -50,10 +54,14 @@ class Contract(Config):
         init: the init's configuration without paths, and the hash of its file.
         pretext: the pretext task's configuration; None: not pretrained here.
         permutation_set_hash: of tasks that use a permutation set.
-        permutation_set: its kind, size, and least and mean Hamming distance.
+        permutation_set: its kind, size, and least and mean Hamming distance; None also where a
+            contract of version 1 holds only the hash.
         index_digest: of the index the scans came from.
         store_digest: of the prepared scans.
-        patients: keys of the patients whose scans were trained on.
+        patients: keys of the patients whose scans were trained on, here and in all of `history`.
+        history: the pretrainings that the init went through before this one, oldest first; each
+            with the ``init``, ``pretext``, ``steps``, ``seed``, ``index_digest`` and
+            ``weights_sha256`` of its own contract.
         seed: the training's seed.
         steps: optimisation steps taken.
         package_versions: see `medssl.provenance.package_versions`.
@@ -61,7 +69,7 @@ class Contract(Config):
         weights_sha256: hash of the weight file; filled in by `save_checkpoint`.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     spacing_mm: tuple[float, float, float] | None
     orientation: str
     axis_order: Literal["CXY", "CXYZ"]
@@ -78,6 +86,7 @@ class Contract(Config):
     index_digest: str
     store_digest: str
     patients: tuple[str, ...]
+    history: tuple[dict[str, Any], ...] = ()
     seed: int
     steps: int
     package_versions: dict[str, str]
@@ -107,28 +116,91 @@ def load_contract(path: Path) -> Contract:
     Raises:
         WeightsError: there is no checkpoint at the path, or its contract cannot be read.
     """
+    name = checkpoint_name(path)
     file = find_checkpoint(path) / CONTRACT_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        version = content["version"]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError):
         raise WeightsError(
-            f"{CONTRACT_FILE} of checkpoint {path.name!r} cannot be read as a contract. "
-            "Export or train the checkpoint again."
+            f"{CONTRACT_FILE} of checkpoint {name!r} cannot be read: it is not JSON. "
+            "Copy it again, or export or train the checkpoint again."
         ) from None
-    if version != CONTRACT_VERSION:
-        raise WeightsError(
-            f"checkpoint {path.name!r} has a contract of version {version!r}, this medssl reads "
-            f"version {CONTRACT_VERSION}. Use the medssl that wrote it, or a newer one."
-        )
+    content = _migrated(content, name)
+    problems = {"missing": sorted(Contract.model_fields.keys() - content.keys())}
+    problems["unknown"] = sorted(content.keys() - Contract.model_fields.keys())
     try:
-        return Contract.model_validate(content)
+        contract = Contract.model_validate(
+            {key: value for key, value in content.items() if key in Contract.model_fields}
+        )
     except ValidationError as error:
-        fields = sorted({".".join(str(part) for part in item["loc"]) for item in error.errors()})
+        wrong = {".".join(map(str, item["loc"])) for item in error.errors()}
+        problems["wrong"] = sorted(wrong - {*problems["missing"]})
+    if any(problems.values()):
+        shown = "; ".join(
+            f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names
+        )
         raise WeightsError(
-            f"{CONTRACT_FILE} of checkpoint {path.name!r} is not a contract: see its field(s) "
-            f"{', '.join(fields)}. Export or train the checkpoint again."
-        ) from None
+            f"{CONTRACT_FILE} of checkpoint {name!r} is not a contract of version "
+            f"{CONTRACT_VERSION}; field(s) {shown}. Copy it again as it was written, or export or "
+            "train the checkpoint again."
+        )
+    return contract
+
+
+def _migrated(content: Any, name: str) -> _Content:
+    """Return a contract's content as this version writes it.
+
+    Raises:
+        WeightsError: it states no version, or one that no step leads from.
+    """
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(version, int) or isinstance(version, bool):
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {name!r} states no version, so it is not a contract of "
+            "medssl. Copy the file that was written with the weights, or train again."
+        )
+    if version > CONTRACT_VERSION:
+        raise WeightsError(
+            f"checkpoint {name!r} has a contract of version {version}, this medssl reads versions "
+            f"{min(MIGRATIONS)} to {CONTRACT_VERSION}. Install a newer medssl."
+        )
+    while version < CONTRACT_VERSION:
+        if version not in MIGRATIONS:
+            raise WeightsError(
+                f"checkpoint {name!r} has a contract of version {version}, which no medssl wrote; "
+                f"versions {min(MIGRATIONS)} to {CONTRACT_VERSION} are read. Copy the file again."
+            )
+        content = MIGRATIONS[version](content)
+        version = content["version"]
+    return dict(content)
+
+
+def _from_1(content: _Content) -> _Content:
+    """Version 2 states what was blanked, and the pretrainings before.
+
+    Contracts of version 1 without ``blank`` were written when nothing could be blanked. They say
+    nothing of earlier pretrainings but the hash in ``init``; what is not known is not invented.
+    """
+    return {"blank": [], "permutation_set": None, "history": [], **content, "version": 2}
+
+
+MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1}
+"""By the version that each step starts from. A file on disk is never rewritten."""
+
+
+def history_of(contract: Contract) -> tuple[_Content, ...]:
+    """Return the history of a backbone that goes on from this contract's weights."""
+    fields = ("init", "pretext", "steps", "seed", "index_digest", "weights_sha256")
+    return (*contract.history, contract.model_dump(mode="json", include=set(fields)))
+
+
+def lineage(contract: Contract) -> str:
+    """Return how weights came about, in words: ``imagenet → rotation → jigsaw``."""
+    stages = history_of(contract)
+    first = str(stages[0]["init"].get("name", "?"))
+    return " → ".join(
+        [first, *(str(stage["pretext"].get("name", "?")) for stage in stages if stage["pretext"])]
+    )
 
 
 def check_contract(contract: Contract, **expected: Any) -> None:
@@ -142,6 +214,8 @@ def check_contract(contract: Contract, **expected: Any) -> None:
         WeightsError: at least one field differs; the message names each, found and wanted.
     """
     found = contract.model_dump(mode="json")
+    if "backbone" in expected:  # settings that came later have their defaults in it
+        found["backbone"] = backbone_config(contract).model_dump(mode="json")
     unknown = [name for name in expected if name not in found]
     if unknown:
         raise WeightsError(f"a contract has no field {unknown[0]!r}: {', '.join(found)}.")
@@ -163,19 +237,19 @@ def read_weights(path: Path, contract: Contract) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, cut short, damaged, or not safetensors.
     """
-    file = find_checkpoint(path) / WEIGHTS_FILE
-    content = file.read_bytes()
+    name = checkpoint_name(path)
+    content = (find_checkpoint(path) / WEIGHTS_FILE).read_bytes()
     try:
         state: dict[str, Tensor] = parse_safetensors(content)
     except (SafetensorError, ValueError, KeyError):
         raise WeightsError(
-            f"{WEIGHTS_FILE} of checkpoint {path.name!r} cannot be read: it is cut short, damaged, "
+            f"{WEIGHTS_FILE} of checkpoint {name!r} cannot be read: it is cut short, damaged, "
             "or not a safetensors file. Copy or export it again."
         ) from None
     digest = hashlib.sha256(content).hexdigest()
     if digest != contract.weights_sha256:
         raise WeightsError(
-            f"{WEIGHTS_FILE} of checkpoint {path.name!r} has sha256 {digest[:12]}, its contract "
+            f"{WEIGHTS_FILE} of checkpoint {name!r} has sha256 {digest[:12]}, its contract "
             f"says {str(contract.weights_sha256)[:12]}. The two files do not belong together: "
             "copy both again, or resume the run that writes them."
         )
@@ -186,10 +260,12 @@ def load_backbone(checkpoint_or_run: Path | str) -> tuple[Backbone, Contract]:
     """Return a pretrained backbone, in evaluation mode, with the contract it was made under.
 
     Args:
-        checkpoint_or_run: a run folder, a checkpoint folder or a ``backbone.safetensors`` file.
+        checkpoint_or_run: a run folder, a checkpoint folder, a ``backbone.safetensors`` file, or
+            ``models:/name@alias`` or ``models:/name/version`` in MLflow's model registry.
 
     Raises:
         WeightsError: there is no checkpoint, or it does not fit its own contract.
+        ConfigError, MachineError: see `medssl.tracking.registry.resolve`.
     """
     from medssl.models.inits.base import load_strict
 
@@ -199,7 +275,7 @@ def load_backbone(checkpoint_or_run: Path | str) -> tuple[Backbone, Contract]:
     with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced
         config = backbone_config(contract)
         backbone = BACKBONES.build(config, in_channels=contract.in_channels)
-    load_strict(backbone, state, f"checkpoint {path.name!r}")
+    load_strict(backbone, state, f"checkpoint {checkpoint_name(path)!r}")
     return backbone.eval(), contract
 
 
@@ -210,11 +286,20 @@ def backbone_config(contract: Contract) -> ComponentConfig:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder that a run folder, folder or weight file stands for.
+    """Return the checkpoint folder that a run folder, folder, weight file or registry URI means.
 
     Raises:
-        WeightsError: nothing there, a pickled file, or weights without a contract.
+        WeightsError: nothing there, a pickled file, weights without a contract, or a contract
+            without weights.
+        ConfigError, MachineError: see `medssl.tracking.registry.resolve`.
     """
+    if registry.is_registry_uri(path):
+        return find_checkpoint(registry.resolve(str(path)))
+    if path.is_symlink() and not path.exists():
+        raise WeightsError(
+            f"{path.name!r} is a symbolic link that leads nowhere, or in a circle. "
+            "Give the folder itself."
+        )
     if path.is_file() and path.suffix != ".safetensors":
         raise WeightsError(
             f"{path.name!r} is not a checkpoint of medssl: give a run folder, a checkpoint folder "
@@ -223,21 +308,37 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file() and path.name != WEIGHTS_FILE:
         raise WeightsError(
             f"{path.name!r}: a checkpoint's weight file is called {WEIGHTS_FILE} and lies beside "
-            f"its {CONTRACT_FILE}. Give the folder that holds both."
+            f"its {CONTRACT_FILE}. Give the folder that holds both, or use init foreign."
         )
     candidates = [path.parent] if path.is_file() else [path, path / RUN_SUBFOLDER]
     for folder in candidates:
-        if (folder / WEIGHTS_FILE).is_file():
-            if not (folder / CONTRACT_FILE).is_file():
-                raise WeightsError(
-                    f"{WEIGHTS_FILE} of checkpoint {path.name!r} has no {CONTRACT_FILE} beside it, "
-                    "so nobody can say what images it expects. Copy both files."
-                )
+        weights, contract = (folder / WEIGHTS_FILE).is_file(), (folder / CONTRACT_FILE).is_file()
+        if weights and not contract:
+            raise WeightsError(
+                f"{WEIGHTS_FILE} of checkpoint {path.name!r} has no {CONTRACT_FILE} beside it, "
+                "so nobody can say what images it expects. Copy both files."
+            )
+        if contract and not weights:
+            raise WeightsError(
+                f"{CONTRACT_FILE} of checkpoint {path.name!r} has no {WEIGHTS_FILE} beside it: "
+                "there is nothing to load. Copy both files, or resume the run that writes them."
+            )
+        if weights:
             return folder
+    if path.is_dir() and not any(path.iterdir()):
+        raise WeightsError(
+            f"the folder {path.name!r} is empty, and should hold {WEIGHTS_FILE} and "
+            f"{CONTRACT_FILE}. Copy both files into it."
+        )
     raise WeightsError(
         f"there is no checkpoint at {path.name!r}: looked for {WEIGHTS_FILE} there and under "
         f"{RUN_SUBFOLDER.as_posix()}. Give a finished run folder or a checkpoint folder."
     )
+
+
+def checkpoint_name(path: Path) -> str:
+    """Return what a checkpoint is called in messages: no folder above it."""
+    return str(path) if registry.is_registry_uri(path) else path.name
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -16,7 +16,13 @@ from medssl.config import ComponentConfig, Config, component
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
-from medssl.models.checkpoints import CONTRACT_FILE, Contract, load_contract, save_checkpoint
+from medssl.models.checkpoints import (
+    CONTRACT_FILE,
+    Contract,
+    history_of,
+    load_contract,
+    save_checkpoint,
+)
 from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
@@ -353,6 +359,7 @@ def _contract(
     pool: Sequence[str],
     init: dict[str, Any],
 ) -> Contract:
+    earlier = earlier_contract(job.init)
     return Contract(
         **image_contract(store, request),
         **task.contract(),
@@ -363,7 +370,8 @@ def _contract(
         pretext=job.pretext.model_dump(mode="json"),
         index_digest=index.digest,
         store_digest=store.digest,
-        patients=tuple(sorted({*pool, *_earlier_patients(job.init)})),
+        patients=tuple(sorted({*pool, *(earlier.patients if earlier else ())})),
+        history=history_of(earlier) if earlier else (),
         seed=job.seed,
         steps=job.section.training.steps,
         package_versions=package_versions(),
@@ -371,10 +379,10 @@ def _contract(
     )
 
 
-def _earlier_patients(init: ComponentConfig) -> tuple[str, ...]:
-    """Return the patients that an init was itself pretrained on."""
+def earlier_contract(init: ComponentConfig) -> Contract | None:
+    """Return the contract of the checkpoint that a pretraining goes on from, if it does."""
     path = getattr(init, "path", None)
-    return load_contract(path).patients if init.name == "checkpoint" and path else ()
+    return load_contract(path) if init.name == "checkpoint" and path else None
 
 
 def scans_of(store: Store, patients: Sequence[str]) -> list[str]:

@@ -33,9 +33,11 @@ from medssl.pipelines.transfer import (
     EvaluationSection,
     build_tasks,
     check_inits,
+    checkpoint_digests,
     evaluate,
     labelled_patients,
     mask_folders,
+    overlap_with_pretraining,
 )
 from medssl.pretext import PRETEXT_TASKS
 from medssl.scans.building import IndexConfig
@@ -156,7 +158,14 @@ def run(
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("study", params=_parameters(config)) as handle:
             index, tasks, splits, store = gather(config, progress)
-            folder.pin_data(data_digests(index, store, splits, tasks.values()))
+            starts = {label: init.init for label, init in config.inits.items()}
+            folder.pin_data(
+                {**data_digests(index, store, splits, tasks.values()), **checkpoint_digests(starts)}
+            )
+            # What a pretraining goes on from must be free of test patients before it takes hours.
+            overlap_with_pretraining(
+                starts, splits, allowed=config.allow_test_patients_in_pretraining
+            )
             splits.write(out / "splits.json")
             inits = {
                 label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)

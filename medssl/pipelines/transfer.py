@@ -214,7 +214,7 @@ def run(
             )
             splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
             digests = data_digests(index, store, splits, tasks.values())
-            folder.pin_data({**digests, **_checkpoint_digests(config.inits)})
+            folder.pin_data({**digests, **checkpoint_digests(config.inits)})
             splits.write(out / "splits.json")
             evaluation = Evaluation(
                 config, config.backbone, config.sampling, config.seed,
@@ -333,7 +333,7 @@ def pretexts_of(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
     }
 
 
-def _checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
+def checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
     """Return the hash of the weights of each init that is a checkpoint."""
     return {
         f"checkpoint {label}": str(load_contract(init.path).weights_sha256)

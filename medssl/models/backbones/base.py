@@ -130,10 +130,15 @@ class Backbone(nn.Module, ABC):
     def extract(self, x_BC: Tensor) -> list[Tensor]:
         """Return the features of every stage, for images as `forward` prepares them."""
 
+    @classmethod
+    def published(cls, config: ComponentConfig) -> ImagenetWeights | None:
+        """Return the ImageNet weight file of an architecture without building it, if any."""
+        return cls.imagenet.get(str(getattr(config, "variant", "")))
+
     @property
     def imagenet_weights(self) -> ImagenetWeights | None:
         """The ImageNet weight file of this architecture, or None where there is none."""
-        return None
+        return self.published(self.config)
 
     def adapt_imagenet(self, file_state: Mapping[str, Tensor]) -> AdaptedState:
         """Rename and reshape the tensors of `imagenet_weights` for this backbone.

@@ -51,17 +51,17 @@ class Kind:
         base_channels: the default.
         multiple: what base_channels must be a multiple of.
         depths: the depths there are, the default first; empty: it has but one.
-        stem_stride: whether the stride of the stem can be chosen.
+        residual: whether the stride of the stem and the shortcut can be chosen.
     """
 
     base_channels: int
     multiple: int = 1
     depths: tuple[int, ...] = ()
-    stem_stride: bool = False
+    residual: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "resnet": Kind(64, depths=(18, 10, 34, 50), stem_stride=True),
+    "resnet": Kind(64, depths=(18, 10, 34, 50), residual=True),
     "densenet": Kind(64, multiple=2, depths=(121, 169)),  # each layer adds half as many
     "swin_unetr": Kind(48, multiple=12),  # MONAI's own rule
     "segresnet": Kind(32, multiple=8),  # its norm has 8 groups
@@ -80,6 +80,9 @@ class Config(NormConfig):
             segresnet: 32); later stages have multiples of it.
         stem_stride: of resnet: 2 (default) halves the image at once, as in 2D; 1 keeps small
             structures, at eight times the cost of the stem in 3D. All later strides follow.
+        shortcut: of resnet: how a block that halves the resolution passes its input on: ``B``
+            (default) through a 1 x 1 convolution, ``A`` as it is, every second voxel, with channels
+            of zeros added (MedicalNet's networks of depth 18 and 34).
     """
 
     name: Literal["monai"] = "monai"
@@ -88,6 +91,7 @@ class Config(NormConfig):
     spatial_dims: Literal[2, 3] = 3
     base_channels: int | None = Field(default=None, ge=4, le=256)
     stem_stride: Literal[1, 2] | None = None
+    shortcut: Literal["A", "B"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +104,8 @@ class Config(NormConfig):
         defaults = {
             "base_channels": kind.base_channels,
             "depth": kind.depths[0] if kind.depths else None,
-            "stem_stride": 2 if kind.stem_stride else None,
+            "stem_stride": 2 if kind.residual else None,
+            "shortcut": "B" if kind.residual else None,
         }
         for key, default in defaults.items():
             if complete.get(key) is None:
@@ -114,14 +119,27 @@ class Config(NormConfig):
             known = ", ".join(map(str, sorted(kind.depths)))
             remedy = f"choose one of {known}" if kind.depths else "leave depth out"
             raise ValueError(f"there is no {self.variant} of depth {self.depth}: {remedy}")
-        if self.stem_stride is not None and not kind.stem_stride:
-            raise ValueError(f"stem_stride: {self.variant} has no such setting, leave it out")
+        for key in ("stem_stride", "shortcut"):
+            if getattr(self, key) is not None and not kind.residual:
+                raise ValueError(f"{key}: {self.variant} has no such setting, leave it out")
         if self.base_channels is not None and self.base_channels % kind.multiple:
             raise ValueError(
                 f"base_channels: those of {self.variant} are multiples of {kind.multiple}, found "
                 f"{self.base_channels}"
             )
         return self
+
+
+class _ResNet(ResNet):
+    """MONAI's network, whose shortcut of type A passes gradients on; MONAI's detaches it."""
+
+    def _downsample_basic_block(
+        self, x: Tensor, planes: int, stride: int, spatial_dims: int = 3
+    ) -> Tensor:
+        every = (slice(None, None, stride),) * spatial_dims
+        taken = x[(slice(None), slice(None), *every)]
+        added = planes - taken.shape[1]
+        return functional.pad(taken, (0, 0) * spatial_dims + (0, added))
 
 
 class MonaiBackbone(Backbone):
@@ -184,13 +202,14 @@ def _resnet(config: Config, in_channels: int) -> Built:
     block, layers = RESNET_BLOCKS[cast("int", config.depth)]
     stem_stride = cast("int", config.stem_stride)
     widths = [_base(config) * factor for factor in (1, 2, 4, 8)]
-    net = ResNet(
+    net = _ResNet(
         block,
         layers,
         widths,
         spatial_dims=config.spatial_dims,
         n_input_channels=in_channels,
         conv1_t_stride=stem_stride,
+        shortcut_type=cast("str", config.shortcut),
         feed_forward=False,
         bias_downsample=False,  # a batch norm follows, which takes any bias away
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,14 +101,14 @@ def load_strict(backbone: Backbone, state: Mapping[str, Tensor], source: str) ->
     if missing:
         raise WeightsError(
             f"{source}: {len(missing)} of the {len(wanted)} tensors of backbone "
-            f"{backbone.describe()} are missing: {_some(missing)}. "
+            f"{backbone.describe()} are missing: {name_some(missing)}. "
             "Choose the backbone the weights were made with."
         )
     extra = [name for name in state if name not in wanted]
     if extra:
         raise WeightsError(
             f"{source}: holds {len(extra)} tensors that backbone {backbone.describe()} does not "
-            f"have: {_some(extra)}. Choose the backbone the weights were made with."
+            f"have: {name_some(extra)}. Choose the backbone the weights were made with."
         )
     for name, tensor in wanted.items():
         _check_tensor(name, state[name], tensor, source)
@@ -134,6 +134,7 @@ def _check_tensor(name: str, found: Tensor, wanted: Tensor, source: str) -> None
         )
 
 
-def _some(names: list[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -7,7 +7,13 @@ from typing import Literal
 
 from medssl.config import ComponentConfig
 from medssl.models.backbones.base import Backbone
-from medssl.models.checkpoints import check_contract, load_contract, read_weights
+from medssl.models.checkpoints import (
+    check_contract,
+    checkpoint_name,
+    lineage,
+    load_contract,
+    read_weights,
+)
 from medssl.models.inits.base import Init, LoadReport, load_strict
 
 
@@ -15,7 +21,8 @@ class Config(ComponentConfig):
     """Which checkpoint.
 
     Attributes:
-        path: a run folder, a checkpoint folder, or its ``backbone.safetensors``.
+        path: a run folder, a checkpoint folder, its ``backbone.safetensors``, or a model of
+            MLflow's registry: ``models:/name@alias`` or ``models:/name/version``.
     """
 
     name: Literal["checkpoint"] = "checkpoint"
@@ -40,8 +47,11 @@ class CheckpointInit(Init):
                 "spatial_dims": backbone.spatial_dims,
             },
         )
-        source = f"checkpoint {path.name!r}"
+        source = f"checkpoint {checkpoint_name(path)!r}"
         loaded = load_strict(backbone, read_weights(path, contract), source)
         return LoadReport(
-            source=source, loaded=loaded, percent=100.0, sha256=contract.weights_sha256
+            source=f"{source} ({lineage(contract)})",
+            loaded=loaded,
+            percent=100.0,
+            sha256=contract.weights_sha256,
         )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from medssl.models.backbones.monai import Config as BackboneConfig
 from medssl.models.build import build_backbone
 from medssl.models.checkpoints import (
     CONTRACT_FILE,
+    CONTRACT_VERSION,
+    MIGRATIONS,
     WEIGHTS_FILE,
     Contract,
     check_contract,
+    history_of,
+    lineage,
     load_backbone,
     load_contract,
     save_checkpoint,
@@ -28,6 +33,7 @@ from medssl.models.checkpoints import (
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.models.inits.random import Config as RandomConfig
 
+STORED = Path(__file__).parent / "stored_contracts"
 SMALL = BackboneConfig(depth=10, spatial_dims=2, base_channels=4)
 
 
@@ -240,23 +246,100 @@ def test_weights_without_contract_are_refused(checkpoint):
         load_backbone(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "null", "\udcff"])
-def test_a_contract_that_is_none_is_refused(checkpoint, text):
+@pytest.mark.parametrize("text", ["", "{", "\udcff", "[" * 100_000], ids=len)
+def test_a_contract_that_is_not_json_is_refused(checkpoint, text):
     (checkpoint / CONTRACT_FILE).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(WeightsError, match=r"contract\.json of checkpoint .* cannot be read"):
+    with pytest.raises(WeightsError, match=r"contract\.json of checkpoint .* it is not JSON"):
+        load_contract(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"version": "2"}', '{"version": true}'])
+def test_a_contract_without_a_version_is_refused(checkpoint, text):
+    (checkpoint / CONTRACT_FILE).write_text(text)
+    with pytest.raises(WeightsError, match=r"states no version, so it is not a contract"):
+        load_contract(checkpoint)
+
+
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_contract_of_a_version_that_never_was_is_refused(checkpoint, version):
+    edit_contract(checkpoint, version=version)
+    with pytest.raises(WeightsError, match=rf"of version {version}, which no medssl wrote"):
         load_contract(checkpoint)
 
 
 def test_a_contract_of_a_later_version_is_refused(checkpoint):
-    edit_contract(checkpoint, version=2)
-    with pytest.raises(WeightsError, match=r"contract of version 2, this medssl reads version 1"):
+    edit_contract(checkpoint, version=CONTRACT_VERSION + 1)
+    with pytest.raises(
+        WeightsError,
+        match=r"contract of version 3, this medssl reads versions 1 to 2\. Install a newer medssl",
+    ):
         load_contract(checkpoint)
 
 
 def test_a_contract_with_a_wrong_field_names_it(checkpoint):
     edit_contract(checkpoint, in_channels="many", colour="blue")
-    with pytest.raises(WeightsError, match=r"see its field\(s\) colour, in_channels"):
+    with pytest.raises(WeightsError, match=r"field\(s\) unknown: colour; wrong: in_channels\."):
         load_contract(checkpoint)
+
+
+@pytest.mark.parametrize("field", sorted(Contract.model_fields.keys() - {"version"}))
+def test_a_contract_that_lacks_a_field_names_it(checkpoint, field):
+    content = json.loads((checkpoint / CONTRACT_FILE).read_text())
+    del content[field]
+    (checkpoint / CONTRACT_FILE).write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=rf"field\(s\) missing: {field}\."):
+        load_contract(checkpoint)
+
+
+# ------------------------------------------------------------------------------- its versions
+
+
+def stored(name: str, folder: Path) -> Contract:
+    """Return a contract as a medssl of that time wrote it, read by this one."""
+    folder.mkdir()
+    shutil.copy(STORED / f"{name}.json", folder / CONTRACT_FILE)
+    (folder / WEIGHTS_FILE).touch()
+    return load_contract(folder)
+
+
+def test_every_version_has_a_stored_contract():
+    stated = {json.loads(file.read_text())["version"] for file in STORED.glob("*.json")}
+    assert stated == set(range(1, CONTRACT_VERSION + 1))
+    assert set(MIGRATIONS) == set(range(1, CONTRACT_VERSION))
+
+
+def test_the_first_contracts_of_version_1_were_made_without_blanking(tmp_path):
+    found = stored("version_1_first", tmp_path / "old")
+    assert found.version == CONTRACT_VERSION
+    assert found.blank == ()
+    assert found.permutation_set_hash == "c0ffee00" * 8
+    assert found.permutation_set is None
+    assert found.history == ()
+    assert found.patients == ("0123456789abcdef", "fedcba9876543210")
+
+
+def test_the_last_contracts_of_version_1_keep_what_they_state(tmp_path):
+    found = stored("version_1_last", tmp_path / "old")
+    assert found.blank == ("text",)
+    assert found.permutation_set is not None
+    assert found.permutation_set["kind"] == "greedy_max_min"
+    assert lineage(found) == "random → jigsaw"
+
+
+def test_a_contract_of_version_2_tells_the_whole_way(tmp_path):
+    found = stored("version_2", tmp_path / "now")
+    assert lineage(found) == "imagenet → rotation → jigsaw"
+    assert [stage["weights_sha256"][0] for stage in history_of(found)] == ["e", "d"]
+
+
+def test_a_stored_backbone_agrees_with_one_that_has_later_settings(tmp_path):
+    check_contract(stored("version_1_first", tmp_path / "old"), backbone=SMALL)
+
+
+def test_reading_an_old_contract_leaves_its_file(tmp_path):
+    stored("version_1_first", tmp_path / "old")
+    kept = (tmp_path / "old" / CONTRACT_FILE).read_text()
+    assert kept == (STORED / "version_1_first.json").read_text()
 
 
 def test_a_contract_with_an_unknown_backbone_names_it(checkpoint):

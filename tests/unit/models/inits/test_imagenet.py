@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torchvision import models
 
+from hostile_weights import hostile_files
 from medssl.errors import ConfigError, MachineError, WeightsError
 from medssl.models.backbones.base import Backbone, ImagenetWeights
 from medssl.models.backbones.monai import Config as MonaiConfig
@@ -20,6 +23,7 @@ from medssl.models.backbones.timm import Config as TimmConfig
 from medssl.models.backbones.torchvision import Config as TorchvisionConfig
 from medssl.models.backbones.torchvision import TorchvisionBackbone
 from medssl.models.build import build_backbone
+from medssl.models.inits._published import find_weights, hub_cache
 from medssl.models.inits.base import LoadReport
 from medssl.models.inits.imagenet import Config, read_state
 
@@ -37,6 +41,8 @@ needs_package = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
@@ -93,9 +99,13 @@ def resnet18_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(
-    backbone=RESNET18, in_channels: int = 1, path: Path | None = None, download: bool = False
+    backbone=RESNET18,
+    in_channels: int = 1,
+    path: Path | None = None,
+    download: bool = False,
+    sha256: str | None = None,
 ) -> tuple[Backbone, LoadReport]:
-    init = Config(path=path, download=download)
+    init = Config(path=path, download=download, sha256=sha256)
     return build_backbone(backbone, init, in_channels=in_channels, seed=0)
 
 
@@ -335,25 +345,105 @@ def test_declared_files_are_torchvisions_own(variant):
     assert declared.file_name == f"{variant}-{declared.sha256}.pth"
 
 
+# --------------------------------------------------------------- hashes, safetensors, the hub
+
+
+HUB_URL = "https://huggingface.co/timm/resnet18.a1/resolve/main/model.safetensors"
+
+
+@pytest.fixture
+def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Declare a file of the Hugging Face hub whose publisher states no hash, in the hub's cache."""
+    folder = tmp_path / "hub" / "models--timm--resnet18.a1"
+    file = folder / "snapshots" / "0a1b2c" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0a1b2c")
+    state = {name: tensor.contiguous() for name, tensor in resnet18_state().items()}
+    file.write_bytes(save(state))
+    weights = ImagenetWeights("model.safetensors", None, url=HUB_URL)
+    monkeypatch.setitem(TorchvisionBackbone.imagenet, "resnet18", weights)
+    return file
+
+
+def test_a_file_without_published_hash_is_loaded_under_the_stated_one(hub_file):
+    digest = hashlib.sha256(hub_file.read_bytes()).hexdigest()
+    with pytest.raises(ConfigError, match=r"states no hash, so the config must: set init\.sha256"):
+        load()
+    with pytest.raises(WeightsError, match=r"begins with [0-9a-f]{12}, wanted 000000000000 of"):
+        load(sha256="0" * 64)
+    _, report = load(sha256=digest, in_channels=3)
+    assert report.percent == 100
+    assert report.sha256 == digest
+    assert report.source == "timm--resnet18.a1--model.safetensors"
+
+
+def test_without_any_hash_nothing_is_downloaded(hub_file, monkeypatch):
+    hub_file.unlink()
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("downloaded"))
+    with pytest.raises(ConfigError, match="states no hash"):
+        load(download=True)
+
+
+def test_a_stated_hash_must_agree_with_the_published_one(resnet18_file):
+    digest = hashlib.sha256(resnet18_file.read_bytes()).hexdigest()
+    assert load(path=resnet18_file, sha256=digest)[1].sha256 == digest
+    with pytest.raises(ConfigError, match=r"init\.sha256 begins with 000.*publisher of .* states"):
+        load(path=resnet18_file, sha256="0" * 64)
+
+
+def test_the_first_digits_alone_are_not_enough_in_a_config():
+    with pytest.raises(ValueError, match="pattern"):
+        Config(sha256="f37072fd")
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_the_hubs_cache_is_where_its_library_puts_it(monkeypatch, tmp_path, variable):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert str(hub_cache()) == asked.stdout.strip()
+
+
+def test_the_asked_revision_comes_before_others(hub_file):
+    weights = TorchvisionBackbone.imagenet["resnet18"]
+    for name in ("000000", "ffffff"):
+        other = hub_file.parent.parent / name / hub_file.name
+        other.parent.mkdir()
+        other.write_bytes(b"another revision")
+    assert find_weights(weights) == hub_file
+    (hub_file.parents[2] / "refs" / "main").write_text("ffffff")
+    assert find_weights(weights) == hub_file.parent.parent / "ffffff" / hub_file.name
+
+
+def test_a_folder_may_hold_a_hubs_file_under_either_name(hub_file, tmp_path):
+    weights = TorchvisionBackbone.imagenet["resnet18"]
+    (tmp_path / "carried").mkdir()
+    for name in ("model.safetensors", "timm--resnet18.a1--model.safetensors"):
+        (tmp_path / "carried" / name).touch()
+        assert find_weights(weights, tmp_path / "carried") == tmp_path / "carried" / name
+
+
+def test_a_mirror_of_the_hub_is_asked_instead(hub_file, tmp_path, monkeypatch, empty_hub_cache):
+    mirror = tmp_path / "mirror" / "timm" / "resnet18.a1" / "resolve" / "main"
+    mirror.mkdir(parents=True)
+    digest = hashlib.sha256(hub_file.read_bytes()).hexdigest()
+    hub_file.rename(mirror / "model.safetensors")
+    monkeypatch.setenv("HF_ENDPOINT", (tmp_path / "mirror").as_uri() + "/")
+    assert load(download=True, sha256=digest)[1].percent == 100
+    kept = [file.name for file in empty_hub_cache.iterdir()]
+    assert kept == ["timm--resnet18.a1--model.safetensors"]
+
+
 # ---------------------------------------------------------------------------- what it refuses
 
 
-class Bomb:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (__import__("os").system, (f"touch {self.mark}",))
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle"])
+@pytest.mark.parametrize("how", ["torch", "torch, before 1.6", "pickle"])
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch, how):
     mark = tmp_path / "ran"
-    made = tmp_path / "made.pth"
-    content = saved(Bomb(mark), made) if how == "torch" else pickle.dumps({"a": Bomb(mark)})
-    file = publish(content, tmp_path, monkeypatch)
+    file = publish(hostile_files(mark)[how], tmp_path, monkeypatch)
     with pytest.raises(WeightsError, match=r"holds more than tensors, .* It was refused"):
         load(path=file)
     assert not mark.exists()

@@ -1,0 +1,254 @@
+"""Checkpoints in MLflow's model registry: register a folder, and get one back by its name.
+
+``models:/name@alias`` and ``models:/name/version`` are MLflow's own URIs. A registered checkpoint
+is the folder with its two files, weights and contract, as artifacts of a run; whoever loads it
+applies the same checks as to any folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from medssl.errors import ConfigError, DataError, MachineError
+from medssl.tracking.mlflow import URI_VARIABLE, prepare_environment
+
+SCHEME = "models:"
+FILES = ("backbone.safetensors", "contract.json")
+CACHE_VARIABLE = "MEDSSL_CACHE"
+DEFAULT_STORE = Path("runs") / "mlflow.db"
+"""Where runs of the working directory are tracked when `MLFLOW_TRACKING_URI` is not set."""
+
+_ARTIFACT_FOLDER = "checkpoint"
+_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+_FORM = "models:/NAME@ALIAS or models:/NAME/VERSION"
+
+
+def is_registry_uri(path: Path | str) -> bool:
+    """Return whether a path is not one, but a model of the registry."""
+    return str(path).startswith(f"{SCHEME}/")
+
+
+def register_checkpoint(
+    folder: Path, name: str, alias: str | None = None, *, experiment: str = "medssl"
+) -> str:
+    """Register a checkpoint folder as a new version of a model, and return its URI.
+
+    Args:
+        folder: holds ``backbone.safetensors`` and ``contract.json``.
+        name: of the model; made where the registry has none of that name.
+        alias: moved to the new version.
+        experiment: of the run that holds the files.
+
+    Returns:
+        ``models:/name/version``.
+
+    Raises:
+        DataError: the folder is no checkpoint, or its two files do not belong together.
+        ConfigError: the name or alias cannot be told apart from the rest of a URI.
+        MachineError: no registry, or it does not answer.
+    """
+    digest, tags = _facts(folder)
+    uri = f"{SCHEME}/{name}" + (f"@{alias}" if alias else "/1")
+    if _URI.match(uri) is None:
+        raise ConfigError(
+            f"{name!r} with alias {alias!r} makes no URI of the form {_FORM}. "
+            "Leave out / and @, and give the alias only where you want one."
+        )
+    with _client() as client:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            experiment_id = client.create_experiment(experiment, _local_artifacts())
+        else:
+            experiment_id = found.experiment_id
+        run = client.create_run(experiment_id, run_name=f"register/{name}", tags=tags)
+        for file in FILES:
+            client.log_artifact(run.info.run_id, str(folder / file), _ARTIFACT_FOLDER)
+        client.set_terminated(run.info.run_id)
+        if not client.search_registered_models(f"name = '{_quoted(name)}'"):
+            client.create_registered_model(name)
+        version = client.create_model_version(
+            name,
+            f"runs:/{run.info.run_id}/{_ARTIFACT_FOLDER}",
+            run_id=run.info.run_id,
+            tags={**tags, "weights_sha256": digest},
+        ).version
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+    return f"{SCHEME}/{name}/{version}"
+
+
+def resolve(uri: str) -> Path:
+    """Return a folder with the files of a registered checkpoint, downloaded once.
+
+    An alias is looked up once in a process, so that one run uses one version throughout.
+
+    Args:
+        uri: ``models:/name@alias`` or ``models:/name/version``.
+
+    Raises:
+        ConfigError: the URI is malformed, or the registry has no such model, alias or version; the
+            message names those it has.
+        DataError: the version is no checkpoint of medssl.
+        MachineError: no registry, it does not answer, or the disk is full.
+    """
+    found = _URI.match(uri)
+    if found is None:
+        raise ConfigError(f"{uri!r} is not of the form {_FORM}. Correct it.")
+    return _resolved(uri, found["name"], found["alias"], found["version"], _store())
+
+
+@functools.cache
+def _resolved(uri: str, name: str, alias: str | None, version: str | None, store: str) -> Path:
+    with _client(store) as client:
+        model = _version_of(client, uri, name, alias, version)
+        key = json.dumps([store, name, model.version, model.creation_timestamp, model.source])
+        folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:32]
+        if not _is_whole(folder):
+            _download(client, model, uri, folder)
+    return folder
+
+
+def _version_of(client: Any, uri: str, name: str, alias: str | None, version: str | None) -> Any:
+    models = client.search_registered_models(f"name = '{_quoted(name)}'")
+    if not models:
+        known = sorted(model.name for model in client.search_registered_models(max_results=100))
+        raise ConfigError(
+            f"{uri}: the registry has no model {name!r}. "
+            f"There are: {', '.join(known) or 'none'}. Register it, or correct the name."
+        )
+    if alias is not None:
+        aliases = dict(models[0].aliases)
+        if alias not in aliases:
+            raise ConfigError(
+                f"{uri}: model {name!r} has no alias {alias!r}. Its aliases: "
+                f"{', '.join(sorted(aliases)) or 'none'}. Set it in MLflow, or give a version."
+            )
+        version = str(aliases[alias])
+    versions = client.search_model_versions(f"name = '{_quoted(name)}'")
+    by_number = {str(found.version): found for found in versions}
+    if version not in by_number:
+        raise ConfigError(
+            f"{uri}: model {name!r} has no version {version}. Its versions: "
+            f"{', '.join(sorted(by_number, key=int)) or 'none'}. Give one of them."
+        )
+    return by_number[version]
+
+
+def _download(client: Any, model: Any, uri: str, folder: Path) -> None:
+    """Bring both files into the cache, under their final name only when both are there."""
+    from mlflow.artifacts import download_artifacts
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as place:
+        source = client.get_model_version_download_uri(model.name, model.version)
+        arrived = Path(
+            download_artifacts(
+                artifact_uri=source, dst_path=place, tracking_uri=client.tracking_uri
+            )
+        )
+        if not _is_whole(arrived):
+            raise DataError(
+                f"{uri}: this version holds no {' and '.join(FILES)}, so it is no checkpoint of "
+                "medssl. Give another version, or register one with medssl weights register."
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        arrived.replace(folder)
+
+
+def _facts(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the hash of a checkpoint's weights, and tags that people look for."""
+    weights, contract = (folder / name for name in FILES)
+    if not _is_whole(folder):
+        raise DataError(
+            f"{folder.name!r} is no checkpoint: it must hold {' and '.join(FILES)}. "
+            "Give a checkpoint folder, for example runs/NAME/checkpoints/backbone."
+        )
+    try:
+        content = json.loads(contract.read_text(encoding="utf-8"))
+        stated, backbone = content["weights_sha256"], content["backbone"]["name"]
+        pretext = (content.get("pretext") or {}).get("name", "none")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{contract.name} of {folder.name!r} cannot be read as a contract. "
+            "Copy it again, or train the checkpoint again."
+        ) from None
+    with weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != stated:
+        raise DataError(
+            f"{weights.name} of {folder.name!r} has sha256 {digest[:12]}, its contract says "
+            f"{str(stated)[:12]}. The two files do not belong together: copy both again."
+        )
+    return digest, {"backbone": str(backbone), "pretext": str(pretext)}
+
+
+@contextmanager
+def _client(store: str | None = None) -> Iterator[Any]:
+    """Yield a client of the registry; what it cannot do becomes a message without addresses."""
+    store = store or _store()
+    prepare_environment()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        yield MlflowClient(tracking_uri=store, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
+    except (MlflowException, OSError) as error:
+        kind = getattr(error, "error_code", "") or type(error).__name__
+        raise MachineError(
+            f"MLflow's model registry ({_public(store)}) could not do it ({kind}). Check that the "
+            f"server of {URI_VARIABLE} is up and answers, or give the path of a checkpoint folder."
+        ) from None
+
+
+def _store() -> str:
+    """Return the tracking URI: of the environment, else the database of the working directory."""
+    given = os.environ.get(URI_VARIABLE)
+    if given:
+        return given
+    if not DEFAULT_STORE.is_file():
+        raise MachineError(
+            f"no model registry is known: {URI_VARIABLE} is not set, and there is no "
+            f"{DEFAULT_STORE.as_posix()} here. Set it to your server's address, or give the path "
+            "of a checkpoint folder."
+        )
+    return f"sqlite:///{DEFAULT_STORE.resolve()}"
+
+
+def _local_artifacts() -> str | None:
+    """Return where a local store keeps artifacts: beside its database, as runs do."""
+    store = _store()
+    if urlsplit(store).scheme != "sqlite":
+        return None
+    return str(Path(store.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
+
+
+def _public(store: str) -> str:
+    parts = urlsplit(store)
+    return parts.scheme if parts.scheme == "sqlite" else f"{parts.scheme}://{parts.hostname or ''}"
+
+
+def _cache() -> Path:
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given).expanduser() / "models"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "medssl" / "models"
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _quoted(name: str) -> str:
+    return name.replace("'", "''")
