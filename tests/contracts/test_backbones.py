@@ -15,7 +15,10 @@ from medssl.models.backbones.base import Backbone
 from medssl.models.build import seeded_construction
 from medssl.models.decoders import UNetDecoder
 
-SMALL = {"base_channels": 4}
+SMALL = {
+    "base_channels": 4,
+    "backbone": {"name": "monai", "depth": 10, "spatial_dims": 2, "base_channels": 4},
+}
 """Settings that make a network small, where a family has them."""
 
 ODD_SIZE = (37, 70, 35)

@@ -52,7 +52,7 @@ class ImagenetInit(Init):
             raise ConfigError(
                 f"there are no ImageNet weights for backbone {backbone.describe()}: ImageNet "
                 "weights are 2D. Use init random or checkpoint, or a 2D backbone of torchvision "
-                "or timm."
+                "or timm; in 3D, inside of backbone inflated or slicewise."
             )
         file = self._find(weights)
         digest = check_hash(file, weights)
