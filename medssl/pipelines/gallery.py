@@ -180,11 +180,12 @@ def describe(gallery: Gallery) -> list[str]:
     names = facts["names"]
     rows = gallery.table[gallery.table["layer"].isin([facts["layer"], "image"])]
     for _, row in rows.iterrows():
-        line = f"{names.get(row['init'], row['init'])}: {row['share']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        init, reference = (names.get(row[key], row[key]) for key in ("init", "reference"))
+        line = f"{init}: {row['share']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
         if row["reference"]:
             line += (
                 f", {row['difference']:+.3f} [{row['difference_low']:+.3f}, "
-                f"{row['difference_high']:+.3f}] against {names.get(row['reference'], row['reference'])}"
+                f"{row['difference_high']:+.3f}] against {reference}"
             )
         lines.append(line)
     return lines
@@ -352,7 +353,8 @@ def _blocks(
             ]
             rows.append(row)
         k = found[init, layer].shape[1]
-        title = f"{names.get(init, init)}: {shares[init]:.0%} of the {k} nearest show the same structure"
+        name = names.get(init, init)
+        title = f"{name}: {shares[init]:.0%} of the {k} nearest show the same structure"
         blocks.append(Block(title, rows))
     return blocks
 
