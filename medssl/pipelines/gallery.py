@@ -38,6 +38,7 @@ from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import Evaluation, build_tasks
 from medssl.randomness import numpy_generator
+from medssl.reports.contents import init_names
 from medssl.reports.gallery import PIXELS, Block, Tile, save_gallery, save_layers
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
@@ -142,15 +143,22 @@ def run(
         "share_by_structure": {
             f"{init} {stage}": part.by_class for (init, stage), part in agreements.items()
         },
+        "names": init_names(config.model_dump(mode="json")),
         "inits": {label: str(report) for label, report in evaluation.reports.items()},
         "pictures_of_patients": config.include_images,
     }
     atomic_write(folder / "gallery.csv", lambda temporary: table.to_csv(temporary, index=False))
     atomic_write(folder / "gallery.json", json.dumps(facts, indent=2) + "\n")
-    save_layers(folder / "gallery_layers.png", table, config.statistics.reference)
+    names: dict[str, str] = facts["names"]
+    reference = config.statistics.reference
+    save_layers(
+        folder / "gallery_layers.png",
+        table.assign(init=table["init"].replace(names)),
+        names.get(reference, reference),
+    )
     picture = folder / "gallery.png"
     if config.include_images:
-        blocks = _blocks(patches, request, table, found, list(inits), shown, config.seed)
+        blocks = _blocks(patches, request, table, found, list(inits), shown, config.seed, names)
         heading = f"Nearest patches by layer {shown} ({config.name}, validation patients)"
         save_gallery(picture, blocks, heading)
     else:
@@ -167,13 +175,15 @@ def describe(gallery: Gallery) -> list[str]:
         f"drawn blindly {facts['chance']:.3f}):"
     )
     lines = [heading]
+    names = facts["names"]
     rows = gallery.table[gallery.table["layer"].isin([facts["layer"], "image"])]
     for _, row in rows.iterrows():
-        line = f"{row['init']}: {row['share']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        init, reference = (names.get(row[key], row[key]) for key in ("init", "reference"))
+        line = f"{init}: {row['share']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
         if row["reference"]:
             line += (
                 f", {row['difference']:+.3f} [{row['difference_low']:+.3f}, "
-                f"{row['difference_high']:+.3f}] against {row['reference']}"
+                f"{row['difference_high']:+.3f}] against {reference}"
             )
         lines.append(line)
     return [*lines, facts["note"]] if facts["note"] else lines
@@ -339,6 +349,7 @@ def _blocks(
     inits: Sequence[str],
     layer: str,
     seed: int,
+    names: Mapping[str, str],
 ) -> list[Block]:
     queries = _queries(patches, numpy_generator(seed, "gallery queries"))
     shares = table[table["layer"] == layer].set_index("init")["share"]
@@ -355,7 +366,8 @@ def _blocks(
             ]
             rows.append(row)
         k = found[init, layer].shape[1]
-        title = f"{init}: {shares[init]:.0%} of the {k} nearest show the same structure"
+        name = names.get(init, init)
+        title = f"{name}: {shares[init]:.0%} of the {k} nearest show the same structure"
         blocks.append(Block(title, rows))
     return blocks
 

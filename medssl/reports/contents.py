@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from medssl.errors import DataError
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
 PRETRAIN_PREFIX = "pretrain/"
+
+WAYS_TO_3D = {"inflated": "inflated", "slicewise": "slice-by-slice"}
+"""How 2D weights got to volumes, by the name of the backbone that takes them there."""
 _TEXT_COLUMNS = (
     "init", "pretext", "reference", "backbone", "task", "task_kind", "protocol", "layer", "metric",
     "verdict",
@@ -39,7 +43,7 @@ class LoggedRun:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything a report is made of.
+    """Everything a report is made of; inits are called as `init_names` calls them.
 
     Attributes:
         validations: of each pretraining, by its name: what its last validation found.
@@ -61,7 +65,8 @@ class Contents:
         """The init that others are compared with."""
         if len(self.comparisons):
             return str(self.comparisons["reference"].iloc[0])
-        return str(self._statistics().get("reference", "imagenet"))
+        label = str(self._statistics().get("reference", "imagenet"))
+        return init_names(self.config).get(label, label)
 
     @property
     def confidence(self) -> float:
@@ -91,21 +96,69 @@ def read_contents(folder: Path) -> Contents:
         )
     text = _text(folder / "config.yaml")
     config = yaml.safe_load(text) if text else {}
+    config = config if isinstance(config, dict) else {}
+    names = init_names(config)
+    provenance = _mapping(folder / "provenance.json")
+    pretraining = _pretraining(folder / JOURNAL_NAME)
+    for run in pretraining:
+        run.name = names.get(run.name, run.name)
     return Contents(
         folder=folder,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         config_text=text,
-        results=_table(folder / "results.csv"),
-        comparisons=_table(folder / "comparisons.csv"),
-        predictions=_predictions(folder / "predictions.parquet"),
+        results=_with_names(_table(folder / "results.csv"), names),
+        comparisons=_with_names(_table(folder / "comparisons.csv"), names),
+        predictions=_with_names(_predictions(folder / "predictions.parquet"), names),
         data=_mapping(folder / "data.json"),
-        provenance=_mapping(folder / "provenance.json"),
-        pretraining=_pretraining(folder / JOURNAL_NAME),
+        provenance={**provenance, "inits": _renamed(provenance.get("inits") or {}, names)},
+        pretraining=pretraining,
         validations={
-            path.parent.name: _mapping(path)
+            names.get(path.parent.name, path.parent.name): _mapping(path)
             for path in sorted((folder / "checkpoints").glob("*/validation.json"))
         },
     )
+
+
+def init_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what to call the inits whose ImageNet weights were taken to 3D, by their labels.
+
+    Wherever such an init is shown, the way that its 2D weights took is a part of its name: another
+    way would be another baseline. Inits that the mapping lacks are called by their labels.
+
+    Args:
+        config: of a study or transfer, as its ``config.yaml`` holds it.
+    """
+    backbone, inits = config.get("backbone"), config.get("inits")
+    way = WAYS_TO_3D.get(_name_of(backbone))
+    if way is None or not isinstance(inits, dict):
+        return {}
+    names = {}
+    for label, section in inits.items():
+        of_study = isinstance(section, dict) and "name" not in section
+        init, pretext = (
+            (section.get("init"), section.get("pretext")) if of_study else (section, None)
+        )
+        if _name_of(init) == "imagenet":
+            whole = f"{way} ImageNet"
+            origin = f"from {whole}" if pretext else whole
+            names[str(label)] = (
+                whole if label == "imagenet" and not pretext else (f"{label} ({origin})")
+            )
+    return names
+
+
+def _name_of(component: Any) -> str:
+    """Return a component's name, given whole or by its name alone."""
+    return str(component.get("name", "") if isinstance(component, dict) else component or "")
+
+
+def _with_names(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    columns = [column for column in ("init", "reference") if column in table.columns]
+    return table.assign(**{column: table[column].replace(names) for column in columns})
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(label, label): value for label, value in values.items()}
 
 
 def _pretraining(journal: Path) -> list[LoggedRun]:

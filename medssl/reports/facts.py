@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,9 @@ from medssl.reports.tables import init_name
 # Below these, an interval is wide or a verdict fragile, and the report says so.
 FEW_PATIENTS = 20
 FEW_SEEDS = 5
+
+_FEW_TENSORS = 3
+"""Tensors that are named one by one where they were adapted alike."""
 
 Rows = list[tuple[str, str]]
 
@@ -143,11 +147,25 @@ def init_rows(contents: Contents) -> list[dict[str, str]]:
                 "init": init_name(str(name)),
                 "source": str(report.get("source", "")),
                 "loaded": f"{report.get('loaded', 0)} ({report.get('percent', 0):.0f} %)",
-                "adapted": "; ".join(f"{tensor}: {how}" for tensor, how in adapted) or "none",
+                "adapted": _adapted(adapted),
                 "sha256": _short(report.get("sha256")),
             }
         )
     return rows
+
+
+def _adapted(adapted: Iterable[tuple[str, str]]) -> str:
+    """Name what was adapted, tensors that were adapted alike together."""
+    alike: dict[str, list[str]] = {}
+    for tensor, how in adapted:
+        alike.setdefault(how, []).append(tensor)
+    parts = [
+        f"{', '.join(tensors)}: {how}"
+        if len(tensors) <= _FEW_TENSORS
+        else f"{len(tensors)} tensors ({tensors[0]} to {tensors[-1]}): {how}"
+        for how, tensors in alike.items()
+    ]
+    return "; ".join(parts) or "none"
 
 
 def provenance_rows(contents: Contents) -> Rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
-from medssl.reports.contents import Contents, read_contents
+from medssl.reports.contents import Contents, init_names, read_contents
 from medssl.reports.facts import (
     data_rows,
     init_rows,
@@ -70,7 +70,7 @@ def build_report(run_folder: Path) -> Path:
     page = (
         environment()
         .get_template("report.html.j2")
-        .render(**_words(contents), **pictures, examples=_examples(run_folder))
+        .render(**_words(contents), **pictures, examples=_examples(contents))
     )
     path = run_folder / REPORT_NAME
     atomic_write(path, page)
@@ -123,12 +123,13 @@ def _words(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _examples(run_folder: Path) -> list[dict[str, str]]:
+def _examples(contents: Contents) -> list[dict[str, str]]:
     """Return the pictures of pretext puzzles that the study left."""
+    names = init_names(contents.config)
     return [
         {
-            "title": init_name(path.stem.removeprefix("pretext_")),
+            "title": init_name(names.get(label := path.stem.removeprefix("pretext_"), label)),
             "image": data_uri(path.read_bytes()),
         }
-        for path in sorted((run_folder / FIGURES).glob("pretext_*.png"))
+        for path in sorted((contents.folder / FIGURES).glob("pretext_*.png"))
     ]

@@ -16,6 +16,9 @@ from medssl.models.backbones.base import Backbone
 from medssl.models.build import seeded_construction
 from medssl.models.decoders import UNetDecoder
 
+NESTED = {"backbone": {"name": "monai", "depth": 10, "spatial_dims": 2, "base_channels": 4}}
+"""The small network inside families that wrap another."""
+
 EVEN_SIZE = (64, 32, 32)
 ODD_SIZE = (37, 70, 35)
 ALIGNED_SIZE = (64, 64, 32)
@@ -71,6 +74,8 @@ def variants(name: str) -> Iterator[ComponentConfig]:
         if name == "timm" and field == "variant":
             base[field] = TIMM[0]
             others += [{field: choice} for choice in TIMM[1:]]
+        elif field in NESTED:
+            base[field] = NESTED[field]
         elif field not in OF_SOME_VARIANTS and (choices := literal(info.annotation)):
             own = choices[0] if info.is_required() else info.default
             if own is not None:

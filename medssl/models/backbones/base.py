@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ class Backbone(nn.Module, ABC):
         stages: the stages that `extract` returns, finest first.
         input_mean: subtracted from the images, one value a channel.
         input_std: divides the images, one value a channel.
-        divisor: the network takes sizes that are multiples of this alone.
+        divisor: the network takes sizes that are multiples of this alone; one number, or one for
+            each spatial axis.
         inside_channel: hand the network one more channel, the last: 1 inside the image, 0 in any
             padding. It lets a grey stem answer as one of three channels does up to the border.
     """
@@ -109,7 +110,7 @@ class Backbone(nn.Module, ABC):
         stages: tuple[Stage, ...],
         input_mean: tuple[float, ...],
         input_std: tuple[float, ...],
-        divisor: int = 1,
+        divisor: int | tuple[int, ...] = 1,
         inside_channel: bool = False,
     ) -> None:
         super().__init__()
@@ -156,11 +157,15 @@ class Backbone(nn.Module, ABC):
         """Length of the vector that `embed` returns for an image."""
         return self.stages[-1].channels
 
+    @property
+    def divisors(self) -> tuple[int, ...]:
+        """What the network's input sizes are multiples of, for each spatial axis."""
+        divisor = self.divisor
+        return (divisor,) * self.spatial_dims if isinstance(divisor, int) else divisor
+
     def describe(self) -> str:
         """Return the architecture in a few words, for messages."""
-        settings = self.config.model_dump(mode="json")
-        name = settings.pop("name")
-        return f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})"
+        return _in_words(self.config.model_dump(mode="json"))
 
     def forward(self, x_BC: Tensor) -> list[Tensor]:
         """Return the features of every stage, finest first.
@@ -174,7 +179,7 @@ class Backbone(nn.Module, ABC):
         size = tuple(x_BC.shape[2:])
         if self.inside_channel:
             x_BC = torch.cat([x_BC, torch.ones_like(x_BC[:, :1])], dim=1)
-        lacking = [-length % self.divisor for length in size]
+        lacking = [-n % divisor for n, divisor in zip(size, self.divisors, strict=True)]
         if not any(lacking):
             return self.extract(x_BC)
         far_ends = [number for lack in reversed(lacking) for number in (0, lack)]
@@ -198,6 +203,16 @@ class Backbone(nn.Module, ABC):
                 f"{self.in_channels} channel(s), found shape {tuple(x_BC.shape)}. "
                 "Choose a backbone with the spatial_dims and channels of the prepared scans."
             )
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    """Return a component's settings, and those of components in it, without the unset ones."""
+    words = [
+        f"{key} {_in_words(value) if isinstance(value, dict) else value}"
+        for key, value in settings.items()
+        if key != "name" and value is not None
+    ]
+    return f"{settings['name']} ({', '.join(words)})"
 
 
 def _first(x_BC: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -51,7 +51,7 @@ class ImagenetInit(Init):
             raise ConfigError(
                 f"there are no ImageNet weights for backbone {backbone.describe()}: ImageNet "
                 "weights are 2D. Use init random or checkpoint, or a 2D backbone of torchvision "
-                "or timm."
+                "or timm; in 3D, inside of backbone inflated or slicewise."
             )
         wanted_hash(weights, self.config.sha256)
         file = self._find(weights)
