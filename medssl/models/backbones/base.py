@@ -13,6 +13,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medssl.config import ComponentConfig
 from medssl.errors import ConfigError, WeightsError
@@ -44,7 +45,8 @@ class ImagenetWeights:
 
     Attributes:
         file_name: as its publisher names it.
-        sha256: the hash, or its first digits (at least 8), of the file's content.
+        sha256: the hash, or its first digits (at least 8), of the file's content; None where its
+            publisher states none, so that the config must.
         url: where it can be downloaded, if anywhere.
         package: import name of a pip package that holds the file, if any.
         package_file: the file's path inside that package.
@@ -53,7 +55,7 @@ class ImagenetWeights:
     """
 
     file_name: str
-    sha256: str
+    sha256: str | None
     url: str | None = None
     package: str | None = None
     package_file: str | None = None
@@ -81,6 +83,9 @@ class Backbone(nn.Module, ABC):
 
     Every parameter takes part in the last stage: there is no unused layer.
 
+    Images are normalised, then padded with zeros at the far end of each axis where the network
+    cannot take their size; what the padding adds to a stage is cut off again.
+
     Args:
         config: the family's configuration.
         in_channels: channels of the images, ``C``.
@@ -88,6 +93,9 @@ class Backbone(nn.Module, ABC):
         stages: the stages that `extract` returns, finest first.
         input_mean: subtracted from the images, one value a channel.
         input_std: divides the images, one value a channel.
+        divisor: the network takes sizes that are multiples of this alone.
+        inside_channel: hand the network one more channel, the last: 1 inside the image, 0 in any
+            padding. It lets a grey stem answer as one of three channels does up to the border.
     """
 
     imagenet: ClassVar[Mapping[str, ImagenetWeights]] = {}
@@ -101,6 +109,8 @@ class Backbone(nn.Module, ABC):
         stages: tuple[Stage, ...],
         input_mean: tuple[float, ...],
         input_std: tuple[float, ...],
+        divisor: int = 1,
+        inside_channel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -109,6 +119,8 @@ class Backbone(nn.Module, ABC):
         self.stages = stages
         self.input_mean = input_mean
         self.input_std = input_std
+        self.divisor = divisor
+        self.inside_channel = inside_channel
         shape = (1, in_channels, *([1] * spatial_dims))
         # Constants of the architecture, not weights: kept out of the state dict.
         self.register_buffer("_mean", torch.tensor(input_mean).view(shape), persistent=False)
@@ -116,7 +128,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def extract(self, x_BC: Tensor) -> list[Tensor]:
-        """Return the features of every stage, for images that are already normalised."""
+        """Return the features of every stage, for images as `forward` prepares them."""
 
     @property
     def imagenet_weights(self) -> ImagenetWeights | None:
@@ -153,7 +165,19 @@ class Backbone(nn.Module, ABC):
         """
         self._check(x_BC)
         mean, std = cast("Tensor", self._mean), cast("Tensor", self._std)
-        return self.extract((x_BC - mean) / std)
+        x_BC = (x_BC - mean) / std
+        size = tuple(x_BC.shape[2:])
+        if self.inside_channel:
+            x_BC = torch.cat([x_BC, torch.ones_like(x_BC[:, :1])], dim=1)
+        lacking = [-length % self.divisor for length in size]
+        if not any(lacking):
+            return self.extract(x_BC)
+        far_ends = [number for lack in reversed(lacking) for number in (0, lack)]
+        features = self.extract(functional.pad(x_BC, far_ends))
+        return [
+            _first(feature, stage.size(size))
+            for feature, stage in zip(features, self.stages, strict=True)
+        ]
 
     def embed(self, x_BC: Tensor) -> Tensor:
         """Return one vector an image, (B, `embedding_channels`): the last stage's global mean."""
@@ -169,6 +193,13 @@ class Backbone(nn.Module, ABC):
                 f"{self.in_channels} channel(s), found shape {tuple(x_BC.shape)}. "
                 "Choose a backbone with the spatial_dims and channels of the prepared scans."
             )
+
+
+def _first(x_BC: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the first voxels along each spatial axis."""
+    for axis, length in enumerate(size, start=2):
+        x_BC = x_BC.narrow(axis, 0, length)
+    return x_BC
 
 
 def missing_names(names: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:

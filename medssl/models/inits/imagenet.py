@@ -111,6 +111,11 @@ def check_hash(file: Path, weights: ImagenetWeights) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     found = digest.hexdigest()
+    if weights.sha256 is None:
+        raise ConfigError(
+            f"init imagenet: the publisher of {weights.file_name} states no hash, so the config "
+            "must: set init.sha256 to the one you were given."
+        )
     if not found.startswith(weights.sha256):
         raise WeightsError(
             f"{file.name}: its sha256 begins with {found[:12]}, wanted {weights.sha256[:12]} of "
