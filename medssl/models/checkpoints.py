@@ -43,6 +43,7 @@ class Contract(Config):
         axis_order: axes of an image as the backbone takes it: ``CXY`` or ``CXYZ``.
         intensity: the rule that brought intensities to [0, 1].
         blank: what was blanked before: burned-in text, the padding around a field of view.
+        preprocessing: all that was done to each scan before; None: an older medssl did not say.
         in_channels: channels of an image.
         spatial_dims: 2 or 3.
         plane: the plane that 2D slices of 3D scans were cut in, if any.
@@ -54,6 +55,7 @@ class Contract(Config):
         index_digest: of the index the scans came from.
         store_digest: of the prepared scans.
         patients: keys of the patients whose scans were trained on.
+        num_scans: how many scans were trained on; None: an older medssl did not say.
         seed: the training's seed.
         steps: optimisation steps taken.
         package_versions: see `medssl.provenance.package_versions`.
@@ -67,6 +69,7 @@ class Contract(Config):
     axis_order: Literal["CXY", "CXYZ"]
     intensity: dict[str, Any]
     blank: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] | None = None
     in_channels: int
     spatial_dims: Literal[2, 3]
     plane: Literal["sagittal", "coronal", "axial"] | None = None
@@ -78,6 +81,7 @@ class Contract(Config):
     index_digest: str
     store_digest: str
     patients: tuple[str, ...]
+    num_scans: int | None = None
     seed: int
     steps: int
     package_versions: dict[str, str]

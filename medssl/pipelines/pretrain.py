@@ -364,6 +364,8 @@ def _contract(
         index_digest=index.digest,
         store_digest=store.digest,
         patients=tuple(sorted({*pool, *_earlier_patients(job.init)})),
+        num_scans=len(scans_of(store, pool)),
+        preprocessing=store.preprocessing,
         seed=job.seed,
         steps=job.section.training.steps,
         package_versions=package_versions(),
