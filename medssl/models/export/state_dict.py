@@ -306,7 +306,8 @@ normalised:
 ```python
 import torch
 
-{copy if copied else ""}mean, std = torch.tensor({list(plain.mean)}), torch.tensor({list(plain.std)})
+{copy if copied else ""}mean = torch.tensor({list(plain.mean)})
+std = torch.tensor({list(plain.std)})
 x = (images - mean.view({shape})) / std.view({shape})
 ```
 """
