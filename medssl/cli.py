@@ -287,6 +287,71 @@ def report(run: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", metavar="RUN_OR_CHECKPOINT", type=_PATH)
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="onnx, program (PyTorch ExportedProgram), state_dict (torchvision, timm, MONAI) or "
+    "bundle (MONAI); may be given several times.",
+)
+@_out("Folder to write. Default: runs/export/<name of the checkpoint>.")
+@click.option(
+    "--values",
+    type=click.Choice(["hu", "arbitrary"]),
+    help="What the images of a MONAI bundle hold, where intensity is auto: HU (CT), or not.",
+)
+@click.option(
+    "--image-size",
+    metavar="N,N[,N]",
+    help="Voxels along each axis, to capture the network at this size alone.",
+)
+@click.option("--licence", help="Licence of the weights, for the documents.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in that folder.")
+@_DRY_RUN
+@_JSON
+def export(
+    source: Path, formats: tuple[str, ...], out: Path | None, values: Any, image_size: str | None,
+    licence: str | None, overwrite: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Export a backbone for software other than medssl, compared with it, with a model card.
+
+    \b
+    medssl export runs/ours/checkpoints/inpainting --format onnx --format state_dict
+    medssl export runs/rotation --format bundle --values arbitrary --out weights/rotation
+    """
+    from medssl.pipelines import export as pipeline
+
+    options: dict[str, Any] = {
+        "values": values,
+        "image_size": None if image_size is None else _sizes(image_size),
+        "licence": licence,
+        "overwrite": overwrite,
+    }
+    folder = out or Path("runs/export") / source.resolve().name
+    if dry_run:
+        _print(pipeline.plan(source, formats, folder, **options), as_json)
+        return
+    with _progress(as_json) as progress:
+        exported = pipeline.run(source, formats, folder, **options, progress=progress)
+    if as_json:
+        _print({"out": str(exported.folder), **exported.facts}, as_json)
+        return
+    for line in pipeline.describe(exported):
+        click.echo(line)
+    click.echo(f"Export: {exported.folder} (MODEL_CARD.md says how to load it)")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--image-size takes numbers of voxels like 96,96,96, found {text!r}.")
+    return tuple(map(int, numbers))
+
+
+@cli.command()
 @click.argument("run", type=_PATH)
 @_JSON
 def sync(run: Path, as_json: bool) -> None:
@@ -533,7 +598,7 @@ def config_schema(kind: str | None, out: Path | None) -> None:
     "kind",
     type=click.Choice(
         ["pretext", "downstream", "backbones", "inits", "formats", "protocols", "datasets",
-         "executors"]
+         "executors", "exports"]
     ),
 )  # fmt: skip
 @_JSON
@@ -550,6 +615,7 @@ def list_(kind: str, as_json: bool) -> None:
         "protocols": ("medssl.evaluation.protocols", "PROTOCOLS"),
         "datasets": ("medssl.scans.datasets", "DATASETS"),
         "executors": ("medssl.executors", "EXECUTORS"),
+        "exports": ("medssl.models.export", "EXPORTS"),
     }
     module, name = where[kind]
     names = getattr(importlib.import_module(module), name).names()

@@ -47,6 +47,7 @@ class Contract(Config):
         axis_order: axes of an image as the backbone takes it: ``CXY`` or ``CXYZ``.
         intensity: the rule that brought intensities to [0, 1].
         blank: what was blanked before: burned-in text, the padding around a field of view.
+        preprocessing: all that was done to each scan before; None: an older medssl did not say.
         in_channels: channels of an image.
         spatial_dims: 2 or 3.
         plane: the plane that 2D slices of 3D scans were cut in, if any.
@@ -62,6 +63,7 @@ class Contract(Config):
         history: the pretrainings that the init went through before this one, oldest first; each
             with the ``init``, ``pretext``, ``steps``, ``seed``, ``index_digest`` and
             ``weights_sha256`` of its own contract.
+        num_scans: how many scans were trained on; None: an older medssl did not say.
         seed: the training's seed.
         steps: optimisation steps taken.
         package_versions: see `medssl.provenance.package_versions`.
@@ -75,6 +77,7 @@ class Contract(Config):
     axis_order: Literal["CXY", "CXYZ"]
     intensity: dict[str, Any]
     blank: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] | None = None
     in_channels: int
     spatial_dims: Literal[2, 3]
     plane: Literal["sagittal", "coronal", "axial"] | None = None
@@ -87,6 +90,7 @@ class Contract(Config):
     store_digest: str
     patients: tuple[str, ...]
     history: tuple[dict[str, Any], ...] = ()
+    num_scans: int | None = None
     seed: int
     steps: int
     package_versions: dict[str, str]
@@ -181,7 +185,8 @@ def _from_1(content: _Content) -> _Content:
     Contracts of version 1 without ``blank`` were written when nothing could be blanked. They say
     nothing of earlier pretrainings but the hash in ``init``; what is not known is not invented.
     """
-    return {"blank": [], "permutation_set": None, "history": [], **content, "version": 2}
+    unknown = {"permutation_set": None, "preprocessing": None, "num_scans": None}
+    return {"blank": [], "history": [], **unknown, **content, "version": 2}
 
 
 MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1}

@@ -372,6 +372,8 @@ def _contract(
         store_digest=store.digest,
         patients=tuple(sorted({*pool, *(earlier.patients if earlier else ())})),
         history=history_of(earlier) if earlier else (),
+        num_scans=len(scans_of(store, pool)),
+        preprocessing=store.preprocessing,
         seed=job.seed,
         steps=job.section.training.steps,
         package_versions=package_versions(),

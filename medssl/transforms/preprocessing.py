@@ -39,7 +39,7 @@ BODY_FRACTION = 0.1
 MAX_MASK_LOSS = 0.01
 """Part of a mask's voxels that the foreground crop may cut off before the scan is refused."""
 
-_HIGHEST_THRESHOLD = 0.99
+HIGHEST_THRESHOLD = 0.99
 """A window that ends below the body still shows the body, as all white."""
 
 _SCALED_TOGETHER = "scaled_together"
@@ -325,7 +325,7 @@ def _threshold(scan: Scan, config: PreprocessingConfig) -> float:
         return config.foreground_threshold
     if scan.intensity == "HU" and config.intensity.kind != "percentile":
         low, high = config.intensity.window_hu
-        return float(np.clip((BODY_HU - low) / (high - low), 0, _HIGHEST_THRESHOLD))
+        return float(np.clip((BODY_HU - low) / (high - low), 0, HIGHEST_THRESHOLD))
     return BODY_FRACTION
 
 

@@ -19,7 +19,7 @@ import medssl
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ("torch", "monai", "mlflow", "pydicom", "pandas")
-LOCKED_EXTRAS = ["dev", "server", "imagenet-lite0"]
+LOCKED_EXTRAS = ["dev", "onnx", "server", "imagenet-lite0"]
 
 TOP_LEVEL = {
     ".ci",
