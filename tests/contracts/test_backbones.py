@@ -41,6 +41,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "monai": [{"variant": variant, "spatial_dims": 2} for variant in ("densenet", "segresnet")]
     + [
         {"variant": "swin_unetr", "spatial_dims": 2},
+        *({"depth": depth, "spatial_dims": 2} for depth in (10, 34, 50)),
         {"variant": "resnet", "norm": "group"},
         {"variant": "segresnet", "norm": "instance", "spatial_dims": 2},
     ],
@@ -81,11 +82,15 @@ def variants(name: str) -> Iterator[ComponentConfig]:
             if own is not None:
                 base[field] = own
             others += [{field: choice} for choice in choices if choice not in {own, None}]
+    seen = set()
     for changes in ({}, *others, *MORE.get(name, [])):
         chosen = {**base, **changes}
         if name == "monai":
             chosen["base_channels"] = SMALL[chosen["variant"]]
-        yield cls.model_validate(chosen)
+        config: ComponentConfig = cls.model_validate(chosen)
+        if config.digest() not in seen:  # a choice may be the variant's default
+            seen.add(config.digest())
+            yield config
 
 
 def literal(annotation: Any) -> tuple[Any, ...]:
@@ -161,7 +166,7 @@ def images(backbone: Backbone, size: tuple[int, ...] = ODD_SIZE, batch: int = 2)
 @channels
 @pytest.mark.parametrize("size", [ODD_SIZE, EVEN_SIZE], ids=["odd", "even"])
 def test_stages_have_the_declared_channels_and_strides(build, in_channels, size):
-    backbone = build(build, in_channels).eval()
+    backbone = build(in_channels).eval()
     x_BC = images(backbone, size, batch=1)
     with torch.inference_mode():
         features = backbone(x_BC)
@@ -179,7 +184,8 @@ def test_stages_run_from_fine_to_coarse_and_have_names_of_their_own(build):
 
 @channels
 def test_every_parameter_receives_a_gradient_through_the_embedding(build, in_channels):
-    backbone = build(build, in_channels)
+    backbone = build(in_channels)
+    stir(backbone)
     embedding = backbone.embed(images(backbone))
     assert embedding.shape == (2, backbone.embedding_channels)
     weights = torch.linspace(-1, 1, embedding.numel()).view_as(embedding)
