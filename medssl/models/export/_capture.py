@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,16 @@ from torch.nn import functional
 from medssl.errors import WeightsError
 from medssl.models.backbones.base import Backbone
 
+_Net = TypeVar("_Net", bound=nn.Module)
+
 Sizes = Literal["any", "multiples", "fixed"]
 
 _EXAMPLE_STEPS = (2, 3, 2)
 """Size along each axis, in total strides: above 1, as a length of 1 is taken for a constant."""
 
 _TENSORFLOW_PADDING = "Same"
-"""Ends the names of timm's layers that pad by the image's size. For any size, torch.export works on
-them for minutes, as each layer's size depends on the remainders of all before."""
+"""Ends the names of timm's layers whose padding depends on the image's size, as TensorFlow's does.
+For sizes that are not known, torch.export works on a chain of them for minutes."""
 
 _FIXED = {2: (224, 224), 3: (96, 96, 96)}
 """Usual sizes, for networks that can be captured at one size only."""
@@ -122,12 +125,12 @@ def capture(backbone: Backbone, fixed_size: tuple[int, ...] | None = None) -> Ca
     Raises:
         WeightsError: it cannot be captured at all.
     """
-    net = _Named(backbone).eval()
     stride = max(max(stage.stride) for stage in backbone.stages)
     step = max(stride, backbone.divisor)
     problem = ""
     for sizes in _tries(backbone, fixed_size):
         example = _example(backbone, sizes, step, fixed_size)
+        net = _Named(_for_multiples(backbone) if sizes == "multiples" else backbone).eval()
         try:
             program = _export(net, example, _dynamic(sizes, step, backbone.spatial_dims))
             return _measured(Captured(program, example, sizes, step, smallest=2 * step), net)
@@ -143,9 +146,42 @@ def capture(backbone: Backbone, fixed_size: tuple[int, ...] | None = None) -> Ca
 def _tries(backbone: Backbone, fixed_size: tuple[int, ...] | None) -> tuple[Sizes, ...]:
     if fixed_size is not None:
         return ("fixed",)
-    if any(type(module).__name__.endswith(_TENSORFLOW_PADDING) for module in backbone.modules()):
-        return ("multiples", "fixed")
-    return ("any", "multiples", "fixed")
+    kinds = {type(module).__name__ for module in backbone.modules()}
+    padding = {name for name in kinds if name.endswith(_TENSORFLOW_PADDING)}
+    if padding - {"Conv2dSame"}:
+        return ("fixed",)
+    return ("multiples", "fixed") if padding else ("any", "multiples", "fixed")
+
+
+class _Conv2dOfMultiples(nn.Module):
+    """A convolution that pads as timm's Conv2dSame does where its stride divides the size.
+
+    Then (n / s - 1) s + (k - 1) d + 1 - n = (k - 1) d + 1 - s voxels are added along an axis, for
+    kernel k, stride s and dilation d, whatever n is; the smaller half of them in front.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        sizes = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        added = [max((k - 1) * d + 1 - s, 0) for k, s, d in sizes]
+        self.padding = [n for total in reversed(added) for n in (total // 2, total - total // 2)]
+
+    def forward(self, x_BCXY: Tensor) -> Tensor:
+        padded = functional.pad(x_BCXY, self.padding)
+        return functional.conv2d(
+            padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
+def _for_multiples(backbone: _Net) -> _Net:
+    """Return a copy whose layers pad by constants; right for multiples of the total stride."""
+    changed = copy.deepcopy(backbone)
+    for name, module in list(changed.named_modules()):
+        if type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d):
+            changed.set_submodule(name, _Conv2dOfMultiples(module))
+    return changed
 
 
 def _example(
@@ -171,7 +207,9 @@ def _dynamic(sizes: Sizes, step: int, spatial_dims: int) -> dict[int, Any]:
 
 
 def _export(net: nn.Module, example: Tensor, dynamic: dict[int, Any]) -> ExportedProgram:
-    with _quiet(), torch.no_grad():
+    # As torch.onnx sets it: a size of 1 is taken for any other, and needs no program of its own.
+    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with _quiet(), torch.no_grad(), oblivious:
         return torch.export.export(net, (example,), dynamic_shapes=(dynamic,))
 
 
@@ -194,8 +232,8 @@ def _measured(captured: Captured, net: nn.Module) -> Captured:
     with torch.no_grad():
         if captured.sizes != "fixed":
             step = captured.step
-            # A stage of one voxel is often taken for a constant: then the next size has two.
-            for smallest in (1, step, step + 1) if captured.sizes == "any" else (step,):
+            # Where a last stage of one voxel in all is refused, one of step + 1 has two an axis.
+            for smallest in (1, 2, step, step + 1) if captured.sizes == "any" else (step,):
                 try:
                     answers_alike(1, (smallest,) * dims)
                 except (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,5 +50,5 @@ def spread_grey(
     weights = torch.linalg.pinv(rows) @ wanted
     if not torch.allclose(rows @ weights, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max())):
         raise ValueError("no three-channel stem equals this one: all channels are normalised alike")
-    spread = weights.view(len(m), *kernel.shape).movedim(0, 1).squeeze(2)
+    spread = cast("Tensor", weights).view(len(m), *kernel.shape).movedim(0, 1).squeeze(2)
     return spread.to(kernel.dtype).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Onnx(Export):
                 output_names=list(subject.output_names()),
                 dynamic_shapes={"image": axes},
             )
-            written.save(file, external_data=False)
+            cast("torch.onnx.ONNXProgram", written).save(file, external_data=False)
         worst, opset = _compare(subject, file)
         return {"images": captured.rule, "opset": opset, "largest_difference": worst}
 

@@ -23,6 +23,9 @@ from medssl.transforms.preprocessing import PreprocessingConfig, preprocess
 from medssl.transforms.requests import ACROSS
 from samples import write_nifti
 
+# MONAI's readers of DICOM look for a decoder on NVIDIA's GPUs, though NIfTI is read.
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
+
 SITE = """
 import sys
 

@@ -3,13 +3,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
 
 from exports import MONAI_2D, make_backbone, make_subject
 from medssl.errors import WeightsError
+from medssl.models.export._capture import _for_multiples
 from medssl.models.export.base import Subject, check_equal
 from medssl.models.export.program import Program
 
@@ -62,18 +66,31 @@ def test_a_network_captured_at_one_size_says_so() -> None:
         subject.captured.program.module()(subject.sample_images(1, (48, 48)))
 
 
-def test_layers_that_pad_as_tensorflow_does_are_captured_for_multiples() -> None:
-    from medssl.models.export._capture import _tries
+class TensorFlowPadding(nn.Module):
+    """The smallest network that holds what the layers of tf_efficientnet do."""
 
-    backbone = make_backbone({"name": "timm", "variant": "efficientnet_lite0"})
-    assert _tries(backbone, None) == ("multiples", "fixed")
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Conv2dSame(1, 4, 3, stride=2)
+        self.second = Conv2dSame(4, 4, 5, stride=2, dilation=1, groups=4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_layers_that_pad_as_tensorflow_does_pad_by_constants_for_multiples() -> None:
+    net: Any = TensorFlowPadding().eval()
+    images = torch.rand(1, 1, 12, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(_for_multiples(net)(images), net(images), atol=1e-6)
+    assert isinstance(net.first, Conv2dSame)  # the backbone itself stays as it is
 
 
 @pytest.mark.slow
-def test_efficientnet_is_captured_for_multiples_of_its_stride() -> None:
-    backbone = make_backbone({"name": "timm", "variant": "efficientnet_lite0"})
-    captured = make_subject(backbone).captured
-    assert (captured.sizes, captured.step) == ("multiples", 32)
+def test_efficientnet_is_captured_for_multiples_of_its_stride(tmp_path: Path) -> None:
+    subject = make_subject(make_backbone({"name": "timm", "variant": "efficientnet_lite0"}))
+    assert Program().write(subject, tmp_path)["largest_difference"] < 1e-4
+    assert (subject.captured.sizes, subject.captured.step) == ("multiples", 32)
 
 
 def test_a_wrong_answer_is_refused_with_the_output_and_the_difference() -> None:
