@@ -251,7 +251,7 @@ def _results(run_folder: Path | None, label: str) -> list[Result]:
     ]
 
 
-def _against(run_folder: Path | None, row: pd.Series) -> str:
+def _against(run_folder: Path | None, row: Any) -> str:
     """Return the difference from the run's reference init, in words."""
     file = run_folder / "comparisons.csv" if run_folder else None
     if file is None or not file.is_file():

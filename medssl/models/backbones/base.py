@@ -6,6 +6,7 @@ architecture and not to the init, so that all inits of a study see exactly the s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ class Backbone(nn.Module, ABC):
         self.stages = stages
         self.input_mean = input_mean
         self.input_std = input_std
-        self.divisor = divisor
+        self.divisors = (divisor,) * spatial_dims if isinstance(divisor, int) else divisor
+        self.divisor = math.lcm(*self.divisors)
         self.inside_channel = inside_channel
         shape = (1, in_channels, *([1] * spatial_dims))
         # Constants of the architecture, not weights: kept out of the state dict.
@@ -156,12 +158,6 @@ class Backbone(nn.Module, ABC):
     def embedding_channels(self) -> int:
         """Length of the vector that `embed` returns for an image."""
         return self.stages[-1].channels
-
-    @property
-    def divisors(self) -> tuple[int, ...]:
-        """What the network's input sizes are multiples of, for each spatial axis."""
-        divisor = self.divisor
-        return (divisor,) * self.spatial_dims if isinstance(divisor, int) else divisor
 
     def describe(self) -> str:
         """Return the architecture in a few words, for messages."""

@@ -94,10 +94,10 @@ class _Named(nn.Module):
         size = tuple(x_BC.shape[2:])
         if backbone.inside_channel:
             x_BC = torch.cat([x_BC, torch.ones_like(x_BC[:, :1])], dim=1)
-        divisor = backbone.divisor
+        whole = zip(reversed(size), reversed(backbone.divisors), strict=True)
         far_ends = [
             number
-            for length in reversed(size)
+            for length, divisor in whole
             for number in (0, (length + divisor - 1) // divisor * divisor - length)
         ]
         kept = []

@@ -188,21 +188,21 @@ def _built_by_timm(name: str, channels: int) -> nn.Module:
     import timm
 
     with torch.random.fork_rng(devices=[]):
-        return cast("nn.Module", timm.create_model(name, features_only=True, in_chans=channels))
+        return timm.create_model(name, features_only=True, in_chans=channels)
 
 
 def _monai(backbone: Backbone) -> Plain:
     from monai.networks.nets.resnet import ResNet
 
-    from medssl.models.backbones.monai import BLOCKS
+    from medssl.models.backbones.monai import RESNET_BLOCKS
 
     config: Any = backbone.config
-    if type(backbone.net) is not ResNet:
+    if config.variant != "resnet" or config.norm not in (None, "batch"):
         raise WeightsError(
             f"format state_dict is not offered for backbone {backbone.describe()}. "
             "Use the formats onnx, program or bundle."
         )
-    block, layers = BLOCKS[config.depth]
+    block, layers = RESNET_BLOCKS[config.depth]
     settings: dict[str, Any] = {
         "block": block,
         "layers": list(layers),
@@ -210,6 +210,7 @@ def _monai(backbone: Backbone) -> Plain:
         "spatial_dims": config.spatial_dims,
         "n_input_channels": backbone.in_channels,
         "conv1_t_stride": config.stem_stride,
+        "shortcut_type": config.shortcut,
         "feed_forward": False,
         "bias_downsample": False,
     }

@@ -53,7 +53,7 @@ class LoadReport:
             return f"{self.source}: no weights loaded"
         text = f"{self.source}: {self.loaded} tensors loaded ({self.percent:.0f} %)"
         if self.adapted:
-            text += f", adapted {_some([name for name, _ in self.adapted])}"
+            text += f", adapted {name_some([name for name, _ in self.adapted])}"
         if self.unexpected:
             text += f", head left out ({len(self.unexpected)} tensors)"
         return f"{text}, sha256 {self.sha256[:12]}"
