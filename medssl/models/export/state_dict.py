@@ -188,7 +188,7 @@ def _built_by_timm(name: str, channels: int) -> nn.Module:
     import timm
 
     with torch.random.fork_rng(devices=[]):
-        return cast("nn.Module", timm.create_model(name, features_only=True, in_chans=channels))
+        return timm.create_model(name, features_only=True, in_chans=channels)
 
 
 def _monai(backbone: Backbone) -> Plain:
