@@ -208,8 +208,8 @@ def _dynamic(sizes: Sizes, step: int, spatial_dims: int) -> dict[int, Any]:
 
 def _export(net: nn.Module, example: Tensor, dynamic: dict[int, Any]) -> ExportedProgram:
     # As torch.onnx sets it: a size of 1 is taken for any other, and needs no program of its own.
-    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)
-    with _quiet(), torch.no_grad(), oblivious:
+    settings: Any = torch.fx.experimental._config
+    with _quiet(), torch.no_grad(), settings.patch(backed_size_oblivious=True):
         return torch.export.export(net, (example,), dynamic_shapes=(dynamic,))
 
 
