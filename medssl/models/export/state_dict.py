@@ -124,6 +124,7 @@ def plain_of(backbone: Backbone) -> Plain:
 def _torchvision(backbone: Backbone) -> Plain:
     from torchvision import models
 
+    _check_channels(backbone)
     name: str = backbone.config.variant  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         model = models.get_model(name, weights=None)
@@ -169,6 +170,7 @@ def _timm(backbone: Backbone) -> Plain:
     state = _own_names(backbone)
     channels, mean, std = backbone.in_channels, backbone.input_mean, backbone.input_std
     if backbone.inside_channel:  # timm has no such channel: three of grey say the same
+        _check_channels(backbone)
         stem = _stem(state, _built_by_timm(name, _RGB).state_dict(), backbone)
         mean, std = tuple(published["mean"]), tuple(published["std"])
         if stem is not None:
@@ -252,15 +254,18 @@ def _stem(
     return found[0] if found else None
 
 
-def _for_three(
-    backbone: Backbone, stem: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Tensor:
-    if backbone.in_channels != 1:
+def _check_channels(backbone: Backbone) -> None:
+    if backbone.in_channels not in (1, _RGB):
         raise WeightsError(
             f"format state_dict: the library's model takes three channels, and backbone "
             f"{backbone.describe()} takes {backbone.in_channels}. Use the formats onnx, program or "
             "bundle."
         )
+
+
+def _for_three(
+    backbone: Backbone, stem: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
     offset = stem[:, 1:] if backbone.inside_channel else None
     (grey_mean,), (grey_std,) = backbone.input_mean, backbone.input_std
     return spread_grey(
