@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SCHEMAS := configs/schema
 
-.PHONY: help setup demo test check lint bench lock clean
+.PHONY: help setup demo test test-all run-tests check lint bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,14 @@ demo: $(INSTALLED) ## Run the whole road on real MR scans: index, pretrain, tran
 	  $(BIN)/medssl datasets fetch phantom && study=phantom; fi && \
 	$(BIN)/medssl study configs/studies/$$study.yaml
 
-test: $(INSTALLED) ## Run the tests that need no GPU; PYTEST_ARGS="-k rotation" narrows them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --ignore=tests/benchmarks \
+test: MARKS = not gpu and not slow
+test: run-tests ## Run the tests that need no GPU, but the slow ones; PYTEST_ARGS="-k rotation" narrows
+
+test-all: MARKS = not gpu
+test-all: run-tests ## Run all tests that need no GPU
+
+run-tests: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" --ignore=tests/benchmarks \
 	  --numprocesses=$(TEST_PROCESSES) --dist=loadfile $(PYTEST_ARGS)
 
 check: lint test ## Run every check that a commit must pass: lint and test

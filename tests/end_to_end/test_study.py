@@ -168,7 +168,6 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
 def test_a_killed_study_goes_on_to_the_same_tables(study: Study, tmp_path: Path, moment: str):
     process = start(study, tmp_path)

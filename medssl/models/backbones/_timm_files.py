@@ -79,9 +79,8 @@ def published_weights(variant: str) -> ImagenetWeights | None:
     if not cfg.hf_hub_id:
         return None
     remote = cfg.hf_hub_filename or HUB_FILE
-    local = f"{cfg.hf_hub_id.rpartition('/')[2]}.{remote.rpartition('.')[2]}"
     url = f"{HUB}/{cfg.hf_hub_id}/resolve/main/{remote}"
-    return ImagenetWeights(local, None, url=url, licence=licence)
+    return ImagenetWeights(remote, None, url=url, licence=licence)
 
 
 def create_features(variant: str, in_channels: int, options: Mapping[str, Any], **more: Any) -> Any:

@@ -108,13 +108,13 @@ def wanted_hash(weights: ImagenetWeights, stated: str | None = None) -> str:
     """
     if weights.sha256 is None and stated is None:
         raise ConfigError(
-            f"init imagenet: the publisher of {weights.file_name} states no hash, so the config "
+            f"init imagenet: the publisher of {local_name(weights)} states no hash, so the config "
             "must: set init.sha256 to the one you were given."
         )
     if weights.sha256 and stated and not stated.startswith(weights.sha256):
         raise ConfigError(
             f"init imagenet: init.sha256 begins with {stated[:_SHOWN_DIGITS]}, and the publisher "
-            f"of {weights.file_name} states {weights.sha256[:_SHOWN_DIGITS]}. Leave init.sha256 "
+            f"of {local_name(weights)} states {weights.sha256[:_SHOWN_DIGITS]}. Leave init.sha256 "
             "out, or choose the backbone it belongs to."
         )
     return stated or weights.sha256 or ""
@@ -137,7 +137,7 @@ def check_hash(file: Path, weights: ImagenetWeights, stated: str | None = None) 
     if not found.startswith(wanted):
         raise WeightsError(
             f"{file.name}: its sha256 begins with {found[:_SHOWN_DIGITS]}, wanted "
-            f"{wanted[:_SHOWN_DIGITS]} of {weights.file_name}. It is cut short or another file: "
+            f"{wanted[:_SHOWN_DIGITS]} of {local_name(weights)}. It is cut short or another file: "
             "fetch it again."
         )
     return found
@@ -178,7 +178,7 @@ def receive(
     """Write what the publisher's address sends; the caller checks it. See `download`."""
     if weights.url is None:
         raise MachineError(
-            f"init imagenet: no download address is known for {weights.file_name}. "
+            f"init imagenet: no download address is known for {local_name(weights)}. "
             f"{remedy(weights)}"
         )
     try:
@@ -196,7 +196,7 @@ def receive(
                     progress(done, total)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
         raise MachineError(
-            f"init imagenet: {weights.file_name} could not be downloaded; there is no network "
+            f"init imagenet: {local_name(weights)} could not be downloaded; there is no network "
             f"or its site does not answer. {remedy(weights)}"
         ) from None
 

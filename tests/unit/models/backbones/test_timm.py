@@ -292,7 +292,7 @@ def test_a_file_on_github_is_known_by_the_hash_in_its_name():
 
 def test_a_file_on_the_hub_has_no_stated_hash_and_the_name_of_its_repository():
     weights = published_weights("regnety_002")
-    assert weights.file_name == "regnety_002.pycls_in1k.safetensors"
+    assert weights.file_name == "model.safetensors"
     assert weights.sha256 is None
     assert weights.url == (
         "https://huggingface.co/timm/regnety_002.pycls_in1k/resolve/main/model.safetensors"
@@ -301,7 +301,7 @@ def test_a_file_on_the_hub_has_no_stated_hash_and_the_name_of_its_repository():
 
 def test_a_file_of_another_framework_is_taken_from_the_hub():
     weights = published_weights("vit_tiny_patch16_224")
-    assert weights.file_name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    assert weights.file_name == "model.safetensors"
 
 
 def test_a_tag_chooses_the_file():
