@@ -16,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SCHEMAS := configs/schema
 
-.PHONY: help setup demo test test-all run-tests check lint bench lock clean
+.PHONY: help setup demo test test-all check lint bench lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make .venv and install the locked packages and medssl into it
 
@@ -35,6 +35,7 @@ test: run-tests ## Run the tests that need no GPU, but the slow ones; PYTEST_ARG
 test-all: MARKS = not gpu
 test-all: run-tests ## Run all tests that need no GPU
 
+.PHONY: run-tests
 run-tests: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" --ignore=tests/benchmarks \
 	  --numprocesses=$(TEST_PROCESSES) --dist=loadfile $(PYTEST_ARGS)

@@ -105,8 +105,9 @@ class Config(NormConfig):
             "base_channels": kind.base_channels,
             "depth": kind.depths[0] if kind.depths else None,
             "stem_stride": 2 if kind.residual else None,
-            "shortcut": "B" if kind.residual else None,
         }
+        if kind.residual and complete.get("shortcut") == "B":
+            complete["shortcut"] = None  # as in every configuration from before there was a choice
         for key, default in defaults.items():
             if complete.get(key) is None:
                 complete[key] = default
@@ -209,7 +210,7 @@ def _resnet(config: Config, in_channels: int) -> Built:
         spatial_dims=config.spatial_dims,
         n_input_channels=in_channels,
         conv1_t_stride=stem_stride,
-        shortcut_type=cast("str", config.shortcut),
+        shortcut_type=config.shortcut or "B",
         feed_forward=False,
         bias_downsample=False,  # a batch norm follows, which takes any bias away
     )

@@ -212,7 +212,7 @@ def _monai(backbone: Backbone) -> Plain:
         "spatial_dims": config.spatial_dims,
         "n_input_channels": backbone.in_channels,
         "conv1_t_stride": config.stem_stride,
-        "shortcut_type": config.shortcut,
+        "shortcut_type": config.shortcut or "B",
         "feed_forward": False,
         "bias_downsample": False,
     }

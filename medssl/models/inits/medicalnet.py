@@ -60,7 +60,7 @@ class MedicalnetInit(Init):
         digest = check_stated_hash(file, self.config.sha256)
         found = read_state(file, SECTION)
         shortcut = "B" if any(_DOWNSAMPLING in name for name in found) else "A"
-        if shortcut != getattr(backbone.config, "shortcut", "B"):
+        if shortcut != (getattr(backbone.config, "shortcut", None) or "B"):
             raise WeightsError(
                 f"{file.name}: its network has shortcuts of type {shortcut}, the backbone's are of "
                 f"the other. Set backbone.shortcut={shortcut}, or give the file of this depth."
@@ -90,6 +90,7 @@ def check_architecture(backbone: Backbone) -> None:
         **backbone.config.model_dump(mode="json"),
         "in_channels": backbone.in_channels,
     }
+    settings.setdefault("shortcut", "B")
     depth = settings.get("depth")
     wanted: dict[str, Any] = {
         "name": "monai",

@@ -170,7 +170,7 @@ def test_an_answer_in_the_border_is_found_and_named(leaking: Audit):
     assert verdicts["everything"] == REFERENCE
     assert verdicts["border"] == SHORTCUT
     assert any(
-        note.startswith("border (the outer 2 voxels, 44% of a view): raise pretext.gap")
+        note.startswith("border (the outer 2 voxels, 44% of a view): take crops")
         for note in leaking.notes
     )
 

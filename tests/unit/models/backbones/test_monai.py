@@ -113,6 +113,8 @@ def test_old_configs_mean_the_same():
         "stem_stride": 2,
     }
     assert Config(depth=10, base_channels=4, stem_stride=1).stem_stride == 1
+    assert Config(shortcut="B") == Config()
+    assert Config(shortcut="A").model_dump()["shortcut"] == "A"
 
 
 def test_a_resolved_config_states_the_variants_defaults_and_reads_back():
