@@ -48,6 +48,17 @@ def atomic_write(
         _sync(path.parent)
 
 
+def move_into_place(draft: Path, path: Path) -> None:
+    """Rename a written file within its folder, so that the new name survives a power cut.
+
+    Raises:
+        MachineError: the folder cannot be written; nothing has changed.
+    """
+    with disk_errors(path):
+        draft.replace(path)
+        _sync(path.parent)
+
+
 def _write_with(content: Callable[[Path], object], temporary: Path) -> None:
     """Let a library write; some (torch.save) report a full disk as an error of their own."""
     try:

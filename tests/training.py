@@ -16,7 +16,9 @@ from medssl.models.inits import INITS
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.scans.store import Store
-from medssl.training.loop import TrainingConfig, build_network, start_state, train
+from medssl.training.loop import Calls, start_state, train
+from medssl.training.network import build_network
+from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.sampling import CropSampler, SampleRequest
@@ -24,6 +26,7 @@ from stores import make_store
 
 CPU = torch.device("cpu")
 CROP = {2: (16, 16), 3: (12, 12, 12)}
+FLIPPED = AugmentationConfig(flip_axes=("X",))
 SETTINGS: dict[str, dict[str, Any]] = {
     "rotation": {"name": "rotation", "views": 2},
     "inpainting": {"name": "inpainting", "block": 4},
@@ -87,6 +90,7 @@ class Training:
     config: TrainingConfig
     seed: int = 5
     device: torch.device = CPU
+    augmentation: AugmentationConfig = FLIPPED
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def state(self) -> TrainingState:
@@ -102,6 +106,9 @@ class Training:
             self.store, self.store.scan_keys, self.task.request(base), self.seed, "train"
         )
 
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.logged.append((step, metrics))
+
     def run(self, state: TrainingState, **calls: Any) -> TrainingState:
         """Train to the end of the configured steps."""
         train(
@@ -111,9 +118,8 @@ class Training:
             self.config,
             seed=self.seed,
             device=self.device,
-            augmentation=AugmentationConfig(flip_axes=("X",)),
-            log=lambda step, metrics: self.logged.append((step, metrics)),
-            **calls,
+            augmentation=self.augmentation,
+            calls=Calls(**{"log": self._log, **calls}),
         )
         return state
 

@@ -43,7 +43,7 @@ from medssl.reports.gallery import PIXELS, Block, Tile, save_gallery, save_layer
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
-from medssl.training.loop import select_device
+from medssl.training.devices import select_device
 from medssl.transforms.requests import SampleRequest
 
 _MAX_PATIENTS = 200

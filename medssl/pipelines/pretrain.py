@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,21 +42,17 @@ from medssl.scans.selection import SelectionConfig
 from medssl.scans.splits import Splits, make_splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
-from medssl.training.loop import (
-    TrainingConfig,
-    build_network,
-    select_device,
-    start_state,
-    train,
-)
+from medssl.training.devices import select_device
+from medssl.training.distributed import Ranks, joined
+from medssl.training.loop import BadBatch, Calls, start_state, train
 from medssl.training.monitor import judge, summary
-from medssl.training.state import TrainingState
+from medssl.training.network import build_network
+from medssl.training.settings import TrainingConfig
+from medssl.training.state import TrainingState, discard_states
 from medssl.training.validation import ValidationPuzzles
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.preprocessing import PreprocessingConfig
 from medssl.transforms.sampling import CropSampler, SampleRequest
-
-_STATE_FILE = "training_state.pt"
 
 VALIDATION_FILE = "validation.json"
 """What the last validation found, beside the checkpoint: metrics, confusion matrices, health."""
@@ -123,6 +119,7 @@ class Pretraining:
         sampling: crops.
         seed: the study's.
         device: where to compute.
+        ranks: the processes that share each step.
     """
 
     label: str
@@ -133,6 +130,7 @@ class Pretraining:
     sampling: SamplingConfig
     seed: int
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
 
     def task(self) -> PretextTask:
         """Return the pretext task."""
@@ -171,24 +169,41 @@ def run(
         MedsslError: see `medssl.errors`.
     """
     check_same_config(out, config, resume=resume)
-    index = Index.open(config.index).select(config.select)
-    job = Pretraining(
-        "backbone", config.backbone, config.init, config.pretext, config,
-        config.sampling, config.seed, select_device(config.device),
-    )  # fmt: skip
-    job.task().request(config.sampling.request())  # refuses crops before anything is written
+    with joined(config.device) as ranks:
+        index = Index.open(config.index).select(config.select)
+        job = Pretraining(
+            "backbone", config.backbone, config.init, config.pretext, config,
+            config.sampling, config.seed, select_device(config.device, ranks), ranks,
+        )  # fmt: skip
+        job.task().request(config.sampling.request())  # refuses crops before anything is written
+        if ranks.leads:
+            _lead(job, config, index, out, resume, progress)
+        else:
+            _follow(job, config, index, out)
+    return out
+
+
+def _lead(
+    job: Pretraining,
+    config: PretrainConfig,
+    index: Index,
+    out: Path,
+    resume: bool,
+    progress: Progress,
+) -> None:
+    """Prepare, pretrain, and write all there is to write."""
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("pretrain/backbone", params=job.parameters()) as handle:
-            store = prepare.prepare(
-                index,
-                config.preprocessing,
-                prepare.store_folder(config.index, config.preprocessing, config.store),
-                progress=progress,
-            )
-            splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
-            folder.pin_data(data_digests(index, store, splits))
-            splits.write(out / "splits.json")
+
+            def prepared() -> tuple[Store, Splits]:
+                store = _prepared(config, index, progress)
+                splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
+                folder.pin_data(data_digests(index, store, splits))
+                splits.write(out / "splits.json")
+                return store, splits
+
+            store, splits = job.ranks.leader_first("prepare", prepared)
             pretrain_backbone(
                 job, index, store, splits, out / "checkpoints" / "backbone", handle, progress,
                 out / "figures" / "pretext_backbone.png" if config.include_images else None,
@@ -197,7 +212,20 @@ def run(
             build_report(out)
             handle.artifact(out / "checkpoints" / "backbone")
             handle.artifact(out / "report.html")
-    return out
+
+
+def _follow(job: Pretraining, config: PretrainConfig, index: Index, out: Path) -> None:
+    """Compute this process's part of every step, and write nothing."""
+    store = job.ranks.leader_first("prepare", lambda: _prepared(config, index, silent))
+    pretrain_backbone(
+        job, index, store, Splits.read(out / "splits.json"), out / "checkpoints" / "backbone",
+        None, silent, None,
+    )  # fmt: skip
+
+
+def _prepared(config: PretrainConfig, index: Index, progress: Progress) -> Store:
+    folder = prepare.store_folder(config.index, config.preprocessing, config.store)
+    return prepare.prepare(index, config.preprocessing, folder, progress=progress)
 
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
@@ -245,13 +273,16 @@ def pretrain_backbone(
     store: Store,
     splits: Splits,
     folder: Path,
-    handle: RunHandle,
+    handle: RunHandle | None,
     progress: Progress,
     pictures: Path | None,
 ) -> None:
     """Pretrain one backbone into a checkpoint folder; does nothing where it is finished.
 
     Patients of the test side take no part; validation puzzles come from validation patients.
+
+    Args:
+        handle: where to log; None in a process that does not lead, which then writes nothing.
     """
     if (folder / CONTRACT_FILE).is_file():
         return
@@ -265,25 +296,20 @@ def pretrain_backbone(
         seed=job.seed,
         expected=image_contract(store, request),
     )
-    handle.tag("init_report", str(report))
     network = build_network(backbone, task, derive_seed(job.seed, "head", job.label))
-    state = start_state(network, training, job.device)
-    if (folder / _STATE_FILE).is_file():
-        state.load(folder / _STATE_FILE, job.device)
+    state = start_state(network, training, job.device, job.ranks)
+    state.resume(folder, job.device)
     pool = pretraining_pool(store, splits)
-    handle.tag("pool_patients", len(pool))
     validation = CropSampler(store, scans_of(store, splits.val), request, job.seed, "validation")
-    seed = derive_seed(job.seed, "pretrain", job.label)
     puzzles = ValidationPuzzles(
         task, validation, job.section.validation_batches, training, job.seed, job.device
     )
-    watch = _Watch(job, puzzles, state, handle, folder)
-    stage = f"pretrain {job.label}"
-
-    def log(step: int, metrics: dict[str, float]) -> None:
-        handle.log(step, metrics)
-        progress(stage, step, training.steps, _note(task, metrics, watch.states))
-
+    calls = Calls(lambda *_: None, lambda _: {}, lambda: None)
+    if handle is not None:
+        handle.tag("init_report", str(report))
+        handle.tag("pool_patients", len(pool))
+        calls = _calls(job, puzzles, state, handle, folder, progress)
+    seed = derive_seed(job.seed, "pretrain", job.label)
     train(
         state,
         task,
@@ -292,21 +318,50 @@ def pretrain_backbone(
         seed=seed,
         device=job.device,
         augmentation=job.section.augmentation,
-        log=log,
-        validate=watch.validate,
-        save=lambda: state.save(folder / _STATE_FILE),
+        calls=replace(calls, bad_batches=lambda bad: _write_bad(folder, job.ranks.rank, bad)),
+        ranks=job.ranks,
     )
+    if handle is None:
+        return
+    result: Any = state.result
     if pictures is not None:
         rows = [
-            row for batch, output in puzzles.examples(network) for row in task.panels(batch, output)
+            row for batch, output in puzzles.examples(result) for row in task.panels(batch, output)
         ]
         save_panels(
             pictures, [[(panel.image_XY.numpy(), panel.title) for panel in row] for row in rows]
         )
     init = init_provenance(job.init, report)
     save_checkpoint(
-        folder, backbone, _contract(job, task, backbone, request, index, store, pool, init)
+        folder, result.backbone, _contract(job, task, backbone, request, index, store, pool, init)
     )
+    discard_states(folder)
+
+
+def _calls(
+    job: Pretraining,
+    puzzles: ValidationPuzzles,
+    state: TrainingState,
+    handle: RunHandle,
+    folder: Path,
+    progress: Progress,
+) -> Calls:
+    """Return what the leading process does at the steps that a config names."""
+    watch = _Watch(job, puzzles, state, handle, folder)
+    training, task = job.section.training, puzzles.task
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        handle.log(step, metrics)
+        note = _note(task, metrics, watch.states)
+        progress(f"pretrain {job.label}", step, training.steps, note)
+
+    return Calls(log, watch.validate, lambda: state.save(folder))
+
+
+def _write_bad(folder: Path, rank: int, bad: list[BadBatch]) -> None:
+    """Write which scans the batches that diverged were of, by key."""
+    content = json.dumps({"batches": [asdict(batch) for batch in bad]}, indent=2) + "\n"
+    atomic_write(folder / (f"diverged-{rank}.json" if rank else "diverged.json"), content)
 
 
 class _Watch:
@@ -327,7 +382,7 @@ class _Watch:
     def validate(self, step: int) -> dict[str, float]:
         """Return the metrics of a validation, and say how the task does."""
         task = self._puzzles.task
-        scores = self._puzzles.score(self._state.network)
+        scores = self._puzzles.score(self._state.result)
         # Both are kept with the training state: solved early stays suspicious after a restart.
         notes = self._state.notes
         if "baselines" not in notes:

@@ -28,7 +28,7 @@ from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
-from medssl.training.loop import select_device
+from medssl.training.devices import select_device
 from medssl.transforms.augmentation import augment
 from medssl.transforms.sampling import CropSampler
 

@@ -53,15 +53,10 @@ from medssl.reports.shortcuts import (
 )
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
-from medssl.training.loop import (
-    Network,
-    TrainingConfig,
-    autocast,
-    build_network,
-    select_device,
-    start_state,
-    train,
-)
+from medssl.training.devices import autocast, select_device
+from medssl.training.loop import Calls, start_state, train
+from medssl.training.network import Network, build_network
+from medssl.training.settings import TrainingConfig
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.sampling import CropSampler
 
@@ -272,8 +267,10 @@ def _probe(
         seed=samplers.pool.seed,
         device=job.device,
         augmentation=_augmentation(job.section.augmentation, shortcut),
-        log=lambda step, metrics: progress(
-            told, step, training.steps, f"loss {metrics.get('train/loss', math.nan):.3g}"
+        calls=Calls(
+            lambda step, metrics: progress(
+                told, step, training.steps, f"loss {metrics.get('train/loss', math.nan):.3g}"
+            )
         ),
     )
     _settle(job, objective, network, samplers.pool, training)

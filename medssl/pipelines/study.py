@@ -46,7 +46,7 @@ from medssl.scans.selection import SelectionConfig
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
-from medssl.training.loop import select_device
+from medssl.training.devices import select_device
 from medssl.transforms.preprocessing import PreprocessingConfig
 
 _FILES_INDEXED_FOR_A_PLAN = 5000

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal, Protocol
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from medssl.errors import ConfigError, DivergedError, MachineError
-from medssl.models.backbones.base import Backbone
-from medssl.models.build import seeded_construction
-from medssl.randomness import torch_generator
-from medssl.training.optimization import OptimizationConfig, build_optimizer, set_learning_rates
+from medssl.errors import DivergedError, MedsslError
+from medssl.training.devices import right_gradients
+from medssl.training.distributed import Ranks, synchronised
+from medssl.training.feed import feed
+from medssl.training.interruption import Interruption
+from medssl.training.network import Network, Objective
+from medssl.training.optimization import build_optimizer
+from medssl.training.recomputation import recompute_blocks
+from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
-from medssl.transforms.augmentation import AugmentationConfig, augment
-from medssl.transforms.sampling import CropSampler, Sample
+from medssl.training.step import Step
+from medssl.transforms.augmentation import AugmentationConfig
+from medssl.transforms.sampling import CropSampler, Sample, Share
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_MICRO_BATCH = 16
+"""Images below which a batch norm's statistics are poor, and processes share them on GPUs."""
 
 _REMEDY = (
     "The last saved state is good. "
@@ -30,145 +32,66 @@ _REMEDY = (
 )
 
 
-class Objective(Protocol):
-    """What the loop needs of a task, pretext or downstream: batch → output → loss, metrics."""
-
-    name: str
-
-    def batch_of(self, sample: Sample, generator: torch.Generator) -> Any: ...
-
-    def build_head(self, backbone: Backbone) -> nn.Module: ...
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: Any) -> Any: ...
-
-    def loss(self, output: Any, batch: Any) -> Tensor: ...
-
-    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]: ...
-
-
-class TrainingConfig(OptimizationConfig):
-    """How long and on what to train.
+@dataclass(frozen=True)
+class BadBatch:
+    """A batch whose loss was not finite.
 
     Attributes:
-        steps: number of optimiser steps.
-        global_batch_size: images a step, over all devices together.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (with a scaled loss).
-        num_workers: processes that read crops; 0 reads in the training process.
-        log_every: steps between two lines of the journal; also how often values are checked.
-        validate_every: steps between two validations; 0 for the last step alone.
-        checkpoint_every: steps between two training states; 0 for the last step alone.
+        step: number of the step, from 0.
+        part: of which micro batch.
+        scan_keys: the scan of each crop.
     """
 
-    steps: int = Field(gt=0)
-    global_batch_size: int = Field(default=32, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    num_workers: int = Field(default=0, ge=0)
-    log_every: int = Field(default=10, gt=0)
-    validate_every: int = Field(default=0, ge=0)
-    checkpoint_every: int = Field(default=0, ge=0)
+    step: int
+    part: int
+    scan_keys: list[str]
 
 
-class Network(nn.Module):
-    """A backbone and the head of one objective."""
+@dataclass(frozen=True)
+class Calls:
+    """What the loop calls, and when; every process of a training gives the same ones, or idle ones.
 
-    def __init__(self, backbone: Backbone, objective: Objective) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = objective.build_head(backbone)
-        self._forward = objective.forward
+    Attributes:
+        log: receives the steps done, and means since the last call.
+        validate: called at ``validate_every`` and after the last step; its metrics are logged.
+        save: called at ``checkpoint_every``, after the last step, and before the training is left
+            early; always with finite weights.
+        bad_batches: receives the batches whose loss was not finite, before `DivergedError`.
+    """
 
-    def forward(self, batch: Any) -> Any:
-        return self._forward(self.backbone, self.head, batch)
-
-
-class Meter:
-    """Means of loss and metrics, gathered on the device and read rarely."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add the values of one step; nothing is copied to the host.
-
-        A metric that a batch leaves undefined (NaN: no labelled class in it) is passed over. The
-        loss never is.
-        """
-        for name, value in values.items():
-            number = value.detach().float()
-            counted = torch.ones_like(number) if name == "loss" else (~number.isnan()).float()
-            number = torch.where(counted > 0, number, 0)
-            self._sums[name] = self._sums.get(name, torch.zeros_like(number)) + number
-            self._counts[name] = self._counts.get(name, torch.zeros_like(number)) + counted
-
-    def read(self) -> dict[str, float]:
-        """Return the means since the last reading: the one place that waits for the device."""
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values()))
-        counts = torch.stack(list(self._counts.values()))
-        means = dict(zip(self._sums, (sums / counts).tolist(), strict=True))
-        self._sums, self._counts = {}, {}
-        return means
+    log: Callable[[int, dict[str, float]], None]
+    validate: Callable[[int], dict[str, float]] | None = None
+    save: Callable[[], object] | None = None
+    bad_batches: Callable[[list[BadBatch]], object] | None = None
 
 
-def select_device(name: str) -> torch.device:
-    """Return the device that a config names; ``auto`` is the GPU where there is one.
+def start_state(
+    network: Network, config: TrainingConfig, device: torch.device, ranks: Ranks | None = None
+) -> TrainingState:
+    """Return the state before the first step, on the device.
 
     Raises:
-        ConfigError: the name is not a device's.
-        MachineError: the device is not there.
+        ConfigError: the network cannot be trained as configured.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is no device. Use auto, cpu or cuda.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
-            f"device: {name} is asked for, and torch sees no GPU on this machine. "
-            "Set device=auto, or run medssl doctor to see why."
-        )
-    return device
-
-
-def build_network(backbone: Backbone, objective: Objective, seed: int) -> Network:
-    """Return backbone and head; the head's starting weights are a function of the seed."""
-    with seeded_construction(seed, "head"):
-        return Network(backbone, objective)
-
-
-def start_state(network: Network, config: TrainingConfig, device: torch.device) -> TrainingState:
-    """Return the state before the first step, on the device."""
+    ranks = ranks or Ranks()
+    if config.recompute:
+        recompute_blocks(network.backbone)
+    if config.channels_last:
+        layout = {2: torch.channels_last, 3: torch.channels_last_3d}
+        network.to(memory_format=layout[network.backbone.spatial_dims])
     network.to(device)
+    small = config.global_batch_size // ranks.size < _SMALL_MICRO_BATCH
+    if config.sync_batch_norm or (
+        config.sync_batch_norm is None and device.type == "cuda" and small
+    ):
+        synchronised(network, ranks, device)
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    if config.compile:
+        network.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    return TrainingState(network, build_optimizer(network, config), scaler)
-
-
-def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """Return the autocast context of the configured precision."""
-    dtype = _DTYPES.get(config.precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-@contextmanager
-def right_gradients(config: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """Train without oneDNN where its gradients are wrong: convolutions in bfloat16 on a CPU.
-
-    Measured with torch 2.14.1: weight gradients of 3 x 3 convolutions over one or two voxels (small
-    tiles) were wrong or NaN in 39 of 40 tries, other ones each time, and right without oneDNN and
-    in float32 (tests/unit/training/test_loop.py).
-    """
-    if device.type != "cpu" or config.precision == "fp32":
-        yield
-        return
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=before, _fp32_precision=None)
+    return TrainingState(network, build_optimizer(network, config), scaler, average)
 
 
 def train(
@@ -180,11 +103,13 @@ def train(
     seed: int,
     device: torch.device,
     augmentation: AugmentationConfig,
-    log: Callable[[int, dict[str, float]], None],
-    validate: Callable[[int], dict[str, float]] | None = None,
-    save: Callable[[], None] | None = None,
+    calls: Calls,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train from ``state.step`` to ``config.steps``.
+
+    Ctrl-C, SIGTERM and `TrainingConfig.max_minutes` end the step that is under way, save, and then
+    raise; with several processes, at the next line of the journal, where they meet anyway.
 
     Args:
         state: what moves; a loaded one goes on bitwise as if it had not stopped (same device).
@@ -194,80 +119,111 @@ def train(
         seed: of augmentation and puzzles.
         device: where `state` lives.
         augmentation: what to vary before the label is drawn.
-        log: receives the steps done, and means since the last call.
-        validate: called at ``validate_every`` and after the last step; its metrics are logged.
-        save: called at ``checkpoint_every`` and after the last step, always with finite weights.
+        calls: where to log, validate and save.
+        ranks: the processes that share each step; None: this one alone.
 
     Raises:
         DivergedError: the loss or a weight is not finite; the last saved state is still good.
+        KeyboardInterrupt, Terminated: the training was interrupted, and is saved.
+        MedsslError: a scan cannot be read any more; the training is saved.
     """
-    with right_gradients(config, device):
-        _train(state, objective, sampler, config, seed, device, augmentation, log, validate, save)
+    ranks = ranks or Ranks()
+    state.micro_batches = config.micro_batches(ranks.size, state.micro_batches)
+    share = Share(config.global_batch_size, state.micro_batches, ranks.rank, ranks.size)
+    step = Step(
+        state, objective, config,
+        seed=seed, device=device, augmentation=augmentation, axes=sampler.request.axes, ranks=ranks,
+    )  # fmt: skip
+    with (
+        right_gradients(config, device),
+        Interruption(config.max_minutes) as interruption,
+        closing(feed(sampler, state.step, config.steps, share, config, device)) as samples,
+    ):
+        _run(state, step, samples, config, device, calls, ranks, interruption)
 
 
-def _train(
+def _run(
     state: TrainingState,
-    objective: Objective,
-    sampler: CropSampler,
+    step: Step,
+    samples: Iterator[Sample],
     config: TrainingConfig,
-    seed: int,
     device: torch.device,
-    augmentation: AugmentationConfig,
-    log: Callable[[int, dict[str, float]], None],
-    validate: Callable[[int], dict[str, float]] | None,
-    save: Callable[[], None] | None,
+    calls: Calls,
+    ranks: Ranks,
+    interruption: Interruption,
 ) -> None:
-    meter = Meter()
-    tried = rejected = 0
-    for read in _read_ahead(sampler, state.step, config, device):
-        step = state.step
-        rate = set_learning_rates(state.optimizer, step, config.steps, config)
-        state.network.train()
-        sample = read.to(device, non_blocking=True)
-        generator = torch_generator(seed, "step", step, device=device)
-        images, masks = augment(
-            sample.images, sample.masks, augmentation, generator, sampler.request.axes
-        )
-        sample = replace(sample, images=images, masks=masks)
-        batch = objective.batch_of(sample, generator)  # the label is drawn last
-        with autocast(config, device):
-            output = state.network(batch)
-            loss = objective.loss(output, batch)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        if config.gradient_clip:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.network.parameters(), config.gradient_clip)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        meter.add({"loss": loss, **objective.metrics(output, batch)})
-        tried, rejected = tried + len(read.images) + read.rejected, rejected + read.rejected
-        state.step = step + 1
+    read: list[Sample] = []
+    while state.step < config.steps:
+        try:
+            used, rate = step.update(samples)
+        except MedsslError:  # a scan cannot be read; the state is whole: no step is under way
+            _save(state, calls)
+            raise
+        read += used
 
         last = state.step == config.steps
-        validating = validate is not None and (last or _due(state.step, config.validate_every))
-        saving = save is not None and (last or _due(state.step, config.checkpoint_every))
-        if last or validating or saving or _due(state.step, config.log_every):
-            means = _finite(meter.read(), state.step)
-            means["rejected_crops"] = rejected / tried
-            tried = rejected = 0
-            log(state.step, {"lr": rate, **{f"train/{k}": v for k, v in means.items()}})
+        validating = calls.validate is not None and (
+            last or _due(state.step, config.validate_every)
+        )
+        saving = calls.save is not None and (last or _due(state.step, config.checkpoint_every))
+        meeting = last or validating or saving or _due(state.step, config.log_every)
+        stopping = interruption.wanted
+        if ranks.size > 1:
+            stopping = meeting and ranks.any(stopping, device)
+        if meeting or stopping:
+            _refuse_bad_batches(step, read, state.step, calls, ranks, device)
+            means = {f"train/{name}": value for name, value in step.meter.read().items()}
+            calls.log(state.step, {"lr": rate, **means, **_rejected(read, ranks, device)})
+            read = []
         if last or saving:
             _check_weights(state)
-        if validating and validate is not None:
-            log(state.step, {f"val/{k}": v for k, v in validate(state.step).items()})
-        if saving and save is not None:
-            save()
+        if validating and calls.validate is not None and not stopping:
+            found = calls.validate(state.step)
+            calls.log(state.step, {f"val/{name}": value for name, value in found.items()})
+        if saving or stopping:
+            _save(state, calls)
+        if stopping and not last:
+            raise interruption.error()
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _finite(means: dict[str, float], step: int) -> dict[str, float]:
-    if not math.isfinite(means.get("loss", 0.0)):
-        raise DivergedError(f"the loss is not finite in the steps up to {step}. {_REMEDY}")
-    return means
+def _save(state: TrainingState, calls: Calls) -> None:
+    if calls.save is not None:
+        _check_weights(state)
+        calls.save()
+
+
+def _rejected(read: list[Sample], ranks: Ranks, device: torch.device) -> dict[str, float]:
+    """Return the share of crops that were thrown away for too little foreground."""
+    rejected = sum(sample.rejected for sample in read)
+    tried = rejected + sum(len(sample.scan_keys) for sample in read)
+    both = ranks.sum(torch.tensor([rejected, tried], dtype=torch.float32, device=device))
+    return {"train/rejected_crops": float(both[0] / both[1])}
+
+
+def _refuse_bad_batches(
+    step: Step,
+    read: list[Sample],
+    steps_done: int,
+    calls: Calls,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    finite = step.meter.finite()
+    if not ranks.any(not all(finite), device):
+        return
+    bad = [
+        BadBatch(sample.step, sample.part, sample.scan_keys)
+        for sample, good in zip(read, finite, strict=True)
+        if not good
+    ]
+    if bad and calls.bad_batches is not None:
+        calls.bad_batches(bad)
+    first = f", first at step {bad[0].step + 1}" if bad else ""
+    raise DivergedError(f"the loss is not finite in the steps up to {steps_done}{first}. {_REMEDY}")
 
 
 def _check_weights(state: TrainingState) -> None:
@@ -277,19 +233,3 @@ def _check_weights(state: TrainingState) -> None:
         raise DivergedError(
             f"weights of the network are not finite after step {state.step}. {_REMEDY}"
         )
-
-
-def _read_ahead(
-    sampler: CropSampler, start: int, config: TrainingConfig, device: torch.device
-) -> Iterator[Sample]:
-    """Yield the samples of the steps still to do, read by workers where configured."""
-    dataset = sampler.as_dataset(start, config.steps, config.global_batch_size)
-    loader: DataLoader[Sample] = DataLoader(
-        dataset,
-        batch_size=None,
-        shuffle=False,
-        num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=False,
-    )
-    return iter(loader)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from medssl.pretext.base import PretextBatch, PretextTask
 from medssl.randomness import torch_generator
-from medssl.training.loop import Meter, TrainingConfig, autocast
+from medssl.training.devices import autocast
+from medssl.training.meter import Meter
+from medssl.training.settings import TrainingConfig
 from medssl.transforms.sampling import CropSampler
 
 BASELINE_VOXELS = 2**20

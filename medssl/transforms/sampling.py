@@ -31,6 +31,25 @@ MAX_TRIES = 20
 CACHE_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch one process computes.
+
+    The global batch of a step is ``num_micro_batches`` micro batches; rank r of n computes numbers
+    r, r + n, and so on.
+    """
+
+    global_batch_size: int
+    num_micro_batches: int = 1
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images of one micro batch."""
+        return self.global_batch_size // self.num_micro_batches
+
+
 @dataclass
 class Sample:
     """A batch of crops.
@@ -40,7 +59,8 @@ class Sample:
         masks: (B, *S) int64, or None when the request names no mask.
         scan_keys: the scan of each crop.
         rejected: crops thrown away for too little foreground while this batch was made.
-        step: number of the batch in its stream.
+        step: of the training that the crops are for; else the number of the batch.
+        part: of which micro batch of the step.
     """
 
     images: Tensor
@@ -48,6 +68,7 @@ class Sample:
     scan_keys: list[str] = field(default_factory=list)
     rejected: int = 0
     step: int = 0
+    part: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sample:
         """Return the batch on a device."""
@@ -138,12 +159,12 @@ class CropSampler:
             step,
         )
 
-    def as_dataset(self, start: int, stop: int, size: int) -> Dataset[Sample]:
-        """Return a dataset whose item i is ``batch(start + i, size)``.
+    def as_dataset(self, start: int, stop: int, share: Share) -> Dataset[Sample]:
+        """Return the crops of steps ``start`` to ``stop`` that fall to one process, in order.
 
         Use it with ``DataLoader(..., batch_size=None, num_workers=n)``.
         """
-        return _Batches(self, start, stop, size)
+        return _Batches(self, start, stop, share)
 
     def _scan_key(self, position: int) -> str:
         epoch, index = divmod(position, len(self.scan_keys))
@@ -230,16 +251,22 @@ class CropSampler:
 
 
 class _Batches(Dataset[Sample]):
-    def __init__(self, sampler: CropSampler, start: int, stop: int, size: int) -> None:
-        self.sampler, self.start, self.stop, self.size = sampler, start, stop, size
+    def __init__(self, sampler: CropSampler, start: int, stop: int, share: Share) -> None:
+        self.sampler, self.share = sampler, share
+        self.numbers = [
+            (step, part)
+            for step in range(start, stop)
+            for part in range(share.rank, share.num_micro_batches, share.num_ranks)
+        ]
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.sampler.batch(self.start + index, self.size)
+        step, part = self.numbers[index]
+        number = step * self.share.num_micro_batches + part
+        sample = self.sampler.batch(number, self.share.micro_batch_size)
+        return replace(sample, step=step, part=part)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))

@@ -33,7 +33,9 @@ from medssl.models.inits import INITS
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextBatch, PretextTask
 from medssl.pretext.rotation import rotate
-from medssl.training.loop import TrainingConfig, build_network, start_state
+from medssl.training.loop import start_state
+from medssl.training.network import build_network
+from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
 from medssl.transforms.sampling import Sample, SampleRequest
 

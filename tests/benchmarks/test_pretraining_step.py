@@ -20,7 +20,9 @@ from medssl.models.backbones import BACKBONES
 from medssl.models.build import build_backbone
 from medssl.models.inits import INITS
 from medssl.pretext import PRETEXT_TASKS
-from medssl.training.loop import TrainingConfig, build_network, start_state
+from medssl.training.loop import start_state
+from medssl.training.network import build_network
+from medssl.training.settings import TrainingConfig
 from medssl.transforms.augmentation import AugmentationConfig, augment
 from medssl.transforms.sampling import CropSampler, SampleRequest
 from stores import make_store, numbered_volume

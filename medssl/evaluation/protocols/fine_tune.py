@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from medssl.downstream.base import DownstreamBatch
 from medssl.evaluation.protocols.base import Cell, Prediction, Protocol, ProtocolConfig, Setting
 from medssl.randomness import derive_seed
-from medssl.training.loop import Network, TrainingConfig, build_network, start_state, train
+from medssl.training.loop import Calls, start_state, train
+from medssl.training.network import build_network
+from medssl.training.settings import TrainingConfig
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.sampling import CropSampler
 
@@ -60,10 +63,10 @@ class FineTune(Protocol):
         best: dict[str, Any] = {"score": -float("inf"), "weights": None}
 
         def validate(_: int) -> dict[str, float]:
-            scores = predict(network, setting, val_scans, self.config.validation_slices)
+            scores = predict(state.result, setting, val_scans, self.config.validation_slices)
             score = setting.score(val_scans, scores)
             if score > best["score"]:
-                best.update(score=score, weights=copy.deepcopy(network.state_dict()))
+                best.update(score=score, weights=copy.deepcopy(state.result.state_dict()))
             return {"score": score}
 
         train(
@@ -80,13 +83,12 @@ class FineTune(Protocol):
             seed=derive_seed(setting.seed, "fine_tune", cell.seed),
             device=setting.device,
             augmentation=self.config.augmentation,
-            log=log,
-            validate=validate,
+            calls=Calls(log, validate),
         )
         if best["weights"] is not None:
-            network.load_state_dict(best["weights"])
+            state.result.load_state_dict(best["weights"])
         test_scans = setting.scans_of(setting.splits.test)
-        scores = predict(network, setting, test_scans, max_slices=None)
+        scores = predict(state.result, setting, test_scans, max_slices=None)
         return [
             Prediction("", True, key, setting.task.targets[key], tuple(values))
             for key, values in zip(test_scans, scores, strict=True)
@@ -94,7 +96,7 @@ class FineTune(Protocol):
 
 
 def predict(
-    network: Network, setting: Setting, scan_keys: Sequence[str], max_slices: int | None
+    network: nn.Module, setting: Setting, scan_keys: Sequence[str], max_slices: int | None
 ) -> list[list[float]]:
     """Return the scores of whole cases, in the order of ``scan_keys``."""
     network.eval()

@@ -130,7 +130,7 @@ def job(task: PretextTask | None = None, name: str = "rotation", **training: Any
     )  # fmt: skip
     return Job(
         "backbone", config.backbone, config.init, config.pretext, section,
-        SamplingConfig(crop_size=(16, 16), plane="axial", min_foreground=0.0), 3, CPU, task,
+        SamplingConfig(crop_size=(16, 16), plane="axial", min_foreground=0.0), 3, CPU, made_up=task,
     )  # fmt: skip
 
 

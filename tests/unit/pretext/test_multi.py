@@ -14,7 +14,7 @@ from medssl.config import validate_config
 from medssl.errors import ConfigError
 from medssl.pipelines.pretrain import PretrainConfig
 from medssl.pretext.multi import Config, MultiTask
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from medssl.transforms.sampling import Sample, SampleRequest
 from training import tiny_backbone
 

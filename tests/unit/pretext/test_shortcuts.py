@@ -25,7 +25,7 @@ from medssl.pretext._shortcuts import (
     thumbnail,
     thumbnail_size,
 )
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from medssl.transforms.sampling import Sample
 from training import pretext_task, tiny_backbone
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
+import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from medssl.downstream.segmentation import Segmentation
-from medssl.errors import ConfigError, DivergedError, MachineError
+from medssl.errors import ConfigError, DataError, DivergedError, Terminated
+from medssl.models.backbones import BACKBONES
+from medssl.models.backbones.base import Backbone
+from medssl.models.build import build_backbone
+from medssl.models.inits import INITS
 from medssl.pretext.base import PretextTask
 from medssl.scans.store import Store
-from medssl.training.loop import Meter, build_network, right_gradients, select_device
-from medssl.training.state import TrainingState
-from medssl.transforms.augmentation import AugmentationConfig, augment
-from medssl.transforms.sampling import SampleRequest
+from medssl.training.distributed import Ranks
+from medssl.training.interruption import TimeUp
+from medssl.training.loop import BadBatch, start_state
+from medssl.training.network import build_network
+from medssl.training.state import TrainingState, saved_states
+from medssl.training.step import Step
+from medssl.transforms.augmentation import AugmentationConfig
+from medssl.transforms.sampling import Sample, SampleRequest
 from training import CPU, EVERY_TASK, Training, blob_store, configured, pretext_task, tiny_backbone
 
 every_task = pytest.mark.parametrize(("name", "dims"), EVERY_TASK)
@@ -53,7 +61,6 @@ def moments(state: TrainingState) -> list[Tensor]:
 def test_four_steps_equal_two_then_saved_loaded_and_two_more(
     store: Store, tmp_path: Path, name: str, dims: int, num_workers: int
 ):
-    file = tmp_path / "state.pt"
     settings = configured(num_workers=num_workers, checkpoint_every=2)
     whole, first, second = (Training(store, pretext_task(name, dims), settings) for _ in range(3))
     wanted = whole.run(whole.state(), save=lambda: None)
@@ -61,13 +68,13 @@ def test_four_steps_equal_two_then_saved_loaded_and_two_more(
     stopped = first.state()
 
     def save_and_die() -> None:
-        stopped.save(file)
+        stopped.save(tmp_path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         first.run(stopped, save=save_and_die)
     resumed = second.state()
-    resumed.load(file, CPU)
+    resumed.resume(tmp_path, CPU)
     assert resumed.step == 2
     second.run(resumed, save=lambda: None)
 
@@ -117,23 +124,6 @@ def test_lower_precision_trains_and_keeps_weights_in_float32(store: Store, preci
     state = training.run(training.state())
     assert all(p.dtype == torch.float32 for p in state.network.parameters())
     assert all(math.isfinite(m["train/loss"]) for _, m in training.logged)
-
-
-def test_gradients_of_low_precision_on_a_cpu_are_those_of_float32():
-    """With torch 2.14.1's oneDNN they are wrong, or NaN, for tiles that end as a single voxel."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(27, 32, 2, 2, generator=generator).bfloat16()
-    weights = (torch.randn(64, 32, 3, 3, generator=generator) / 20).bfloat16()
-    towards = torch.randn(27, 64, 1, 1, generator=generator).bfloat16()
-    gradients = []
-    for dtype in (torch.bfloat16, torch.float32):
-        own = weights.detach().to(dtype).clone().requires_grad_()
-        with right_gradients(configured(precision="bf16"), CPU):
-            answer = functional.conv2d(images.to(dtype), own, stride=2, padding=1)
-            answer.backward(towards.to(dtype))
-        gradients.append(own.grad.float())
-    assert torch.allclose(*gradients, atol=0.02 * float(gradients[1].abs().max()))
-    assert torch.backends.mkldnn.enabled
 
 
 # ----------------------------------------------------------------------- what is called, and when
@@ -218,26 +208,20 @@ class Diverging:
 def test_a_loss_that_is_not_finite_stops_the_training_and_leaves_the_last_state(
     store: Store, tmp_path: Path
 ):
-    file = tmp_path / "state.pt"
     task: Any = Diverging(pretext_task("rotation", 2), at=4)
     training = Training(store, task, configured(steps=8, log_every=10, checkpoint_every=2))
-    state, saved = training.state(), []
-
-    def save() -> None:
-        state.save(file)
-        saved.append(file.read_bytes())
-
+    state, bad = training.state(), []
     with pytest.raises(DivergedError) as stopped:
-        training.run(state, save=save)
+        training.run(state, save=lambda: state.save(tmp_path), bad_batches=bad.extend)
     assert str(stopped.value) == (
-        "the loss is not finite in the steps up to 4. The last saved state is good. "
-        "Lower training.learning_rate, raise warmup_steps, or use precision bf16 or fp32."
+        "the loss is not finite in the steps up to 4, first at step 4. The last saved state is "
+        "good. Lower training.learning_rate, raise warmup_steps, or use precision bf16 or fp32."
     )
     assert stopped.value.exit_code == 5
-    assert len(saved) == 1
-    assert file.read_bytes() == saved[0]
+    wanted = training.sampler().batch(3, 4).scan_keys
+    assert bad == [BadBatch(step=3, part=0, scan_keys=wanted)]
     good = training.state()
-    good.load(file, CPU)
+    assert good.resume(tmp_path, CPU)
     assert good.step == 2
     assert all(value.isfinite().all() for value in good.network.state_dict().values())
 
@@ -256,141 +240,290 @@ def test_an_update_that_breaks_the_weights_is_not_saved_though_its_loss_was_fini
     assert saved == []
 
 
-# --------------------------------------------------------------------- nothing waits inside a step
-
-
-class Waits(TorchDispatchMode):
-    """Counts what brings a value to the host, and so waits for the device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        boolean = name in {"index", "index_put", "index_put_"} and any(
-            tensor is not None and tensor.dtype in (torch.bool, torch.uint8) for tensor in args[1]
-        )
-        if name in self.WAITING or boolean:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def segmentation(dims: int) -> Segmentation:
-    """Return a segmentation task without its labels: a step looks at masks alone."""
-    from monai.losses import DiceCELoss
-
-    task = Segmentation.__new__(Segmentation)
-    task.name, task.spatial_dims, task.classes = "segmentation", dims, ("one", "two")
-    task._loss = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-    return task
-
-
-def objective(name: str, dims: int) -> Any:
-    return segmentation(dims) if name == "segmentation" else pretext_task(name, dims)
-
-
-def one_step(task: Any, network: Any, images: Tensor, masks: Tensor, generator: Any) -> Tensor:
-    """Do what the loop does between two readings, without the optimiser."""
-    from medssl.transforms.sampling import Sample
-
-    dims = images.ndim - 2
-    changes = AugmentationConfig(flip_axes=("X", "Y"))
-    images, masks = augment(images, masks, changes, generator, ("X", "Y", "Z")[:dims])
-    batch = task.batch_of(Sample(images, masks, ["a"] * len(images)), generator)
-    output = network(batch)
-    loss = task.loss(output, batch)
-    loss.backward()
-    Meter().add({"loss": loss, **task.metrics(output, batch)})
-    return loss.detach()
-
-
-def batch(task: Any, dims: int) -> tuple[Tensor, Tensor]:
-    shape = (4, *[16] * dims)
-    generator = torch.Generator().manual_seed(0)
-    base = SampleRequest(dims, shape[1:], "axial" if dims == 2 else None)
-    channels = task.request(base).in_channels if hasattr(task, "parts") else 1
-    images = torch.rand((4, channels, *shape[1:]), generator=generator)
-    return images, torch.randint(3, shape, generator=generator)
-
-
-@pytest.mark.parametrize(("name", "dims"), [*EVERY_TASK, ("segmentation", 2), ("segmentation", 3)])
-def test_nothing_in_a_step_waits_for_the_device(name: str, dims: int):
-    task = objective(name, dims)
-    network = build_network(tiny_backbone(dims), task, seed=0)
-    with Waits() as waits:
-        loss = one_step(task, network, *batch(task, dims), torch.Generator().manual_seed(1))
-    assert waits.found == []
-    assert torch.isfinite(loss)
-
-
-def test_the_check_above_sees_what_waits():
-    values = torch.ones(3)
-    with Waits() as waits:
-        values.sum().item()
-        bool(values.any())
-        values[values > 0]
-    assert waits.found == ["_local_scalar_dense", "_local_scalar_dense", "index"]
+# ----------------------------------------------------------------------------------- micro batches
 
 
 @every_task
-def test_a_step_needs_no_value_of_any_tensor(name: str, dims: int):
-    """Fake tensors have no values: also `tolist` and `numpy`, unseen above, fail on them."""
-    task = pretext_task(name, dims)
-    network = build_network(tiny_backbone(dims), task, seed=0)
-    images, masks = batch(task, dims)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        loss = one_step(
-            task, network, mode.from_tensor(images), mode.from_tensor(masks),
-            torch.Generator().manual_seed(1),
+def test_a_step_of_two_micro_batches_sees_the_crops_of_a_whole_one(
+    store: Store, name: str, dims: int
+):
+    class Seen(Training):
+        def sampler(self) -> Any:
+            sampler = super().sampler()
+            batch = sampler.batch
+            sampler.batch = lambda number, size: seen.append(batch(number, size)) or seen[-1]
+            return sampler
+
+    crops = []
+    for settings in ({}, {"micro_batch_size": 2}):
+        seen: list[Any] = []
+        training = Seen(store, pretext_task(name, dims), configured(steps=2, **settings))
+        state = training.run(training.state())
+        crops.append(torch.cat([sample.images for sample in seen]))
+        assert [len(sample.images) for sample in seen] == [settings.get("micro_batch_size", 4)] * (
+            8 // settings.get("micro_batch_size", 4)
+        )
+        assert state.micro_batches == 4 // settings.get("micro_batch_size", 4)
+        assert all(math.isfinite(m["train/loss"]) for _, m in training.logged)
+    assert torch.equal(*crops)
+
+
+STILL = AugmentationConfig(brightness=0, contrast=0, gamma=0, noise_std=0)
+
+
+class Brightness:
+    """Predicts the mean intensity: nothing in it is random, and each image counts the same."""
+
+    name = "brightness"
+    spatial_dims = 2
+
+    def request(self, base: SampleRequest) -> SampleRequest:
+        return base
+
+    def batch_of(self, sample: Sample, generator: torch.Generator) -> Tensor:
+        return sample.images.double()
+
+    def build_head(self, backbone: Backbone) -> nn.Module:
+        return nn.Linear(backbone.embedding_channels, 1)
+
+    def forward(self, backbone: Backbone, head: nn.Module, batch: Tensor) -> Tensor:
+        found: Tensor = head(backbone.embed(batch))
+        return found[:, 0]
+
+    def loss(self, output: Tensor, batch: Tensor) -> Tensor:
+        return functional.mse_loss(output, batch.mean((1, 2, 3)))
+
+    def metrics(self, output: Tensor, batch: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def test_gradients_of_micro_batches_add_up_to_that_of_the_whole_batch(store: Store):
+    """Without augmentation and batch norm; in double precision, as little else differs."""
+    ends = []
+    for size in (4, 2, 1):
+        task: Any = Brightness()
+        backbone = BACKBONES.config_class("monai")(
+            depth=10, spatial_dims=2, base_channels=8, stem_stride=1, norm="group"
+        )
+        config = configured(
+            steps=2, micro_batch_size=size, optimizer="sgd", learning_rate=1e-3, gradient_clip=0
+        )
+        training = Training(store, task, config, augmentation=STILL)
+        network = build_network(
+            build_backbone(backbone, INITS.config_class("random")(), in_channels=1, seed=0)[0],
+            task,
+            seed=1,
+        ).double()
+        ends.append(weights(training.run(start_state(network, config, CPU))))
+    for other in ends[1:]:
+        for name, value in ends[0].items():
+            assert torch.allclose(value, other[name], atol=1e-9), name
+
+
+def test_running_statistics_of_a_step_are_the_mean_over_its_micro_batches(store: Store):
+    task = pretext_task("rotation", 2)
+    training = Training(store, task, configured(steps=1, micro_batch_size=2))
+    state = training.state()
+    before = weights(state)
+    training.run(state)
+    parts = []
+    for part in range(2):
+        alone = Training(store, task, configured(steps=1, micro_batch_size=2))
+        own = alone.state()
+        own.micro_batches = 2
+        step = Step(
+            own, task, alone.config, seed=alone.seed, device=CPU, axes=("X", "Y"), ranks=Ranks(),
+            augmentation=AugmentationConfig(flip_axes=("X",)),
         )  # fmt: skip
-    assert loss.shape == ()
+        own.network.train()
+        sample = replace(alone.sampler().batch(part, 2), step=0, part=part)
+        own.network(step.batch(sample))
+        parts.append(weights(own))
+    name = next(name for name in before if name.endswith("running_mean"))
+    mean = (parts[0][name] + parts[1][name]) / 2
+    assert torch.allclose(weights(state)[name], mean, atol=1e-6)
+    assert not torch.allclose(weights(state)[name], before[name], atol=1e-4)
 
 
-def test_a_meter_reads_the_means_once_and_starts_again():
-    meter = Meter()
-    assert meter.read() == {}
-    for value in (1.0, 2.0, 6.0):
-        meter.add({"loss": torch.tensor(value), "accuracy": torch.tensor(value / 2)})
-    assert meter.read() == {"loss": 3.0, "accuracy": 1.5}
-    assert meter.read() == {}
+def test_a_training_goes_on_with_the_micro_batches_it_was_started_with(store: Store):
+    training = Training(store, pretext_task("rotation", 2), configured(steps=2))
+    state = training.state()
+    state.micro_batches = 2
+    training.run(state)
+    same_parts = Training(
+        store, pretext_task("rotation", 2), configured(steps=2, micro_batch_size=2)
+    )
+    assert same(weights(state), weights(same_parts.run(same_parts.state())))
 
 
-# ---------------------------------------------------------------------------------------- device
+def test_micro_batches_that_cannot_be_dealt_out_are_refused():
+    config = configured(global_batch_size=12, micro_batch_size=4)
+    assert config.micro_batches(1) == config.micro_batches(3) == 3
+    with pytest.raises(ConfigError, match="3 micro batches of 4 images, which cannot be dealt out"):
+        config.micro_batches(2)
+    with pytest.raises(ConfigError, match="12 images cannot be dealt out evenly to 5 processes"):
+        configured(global_batch_size=12).micro_batches(5)
+    with pytest.raises(ConfigError, match="that divides 3, as this training was started"):
+        configured(global_batch_size=12).micro_batches(2, before=3)
+    with pytest.raises(ValueError, match="is not a multiple of micro_batch_size 5"):
+        configured(global_batch_size=12, micro_batch_size=5)
 
 
-def test_auto_and_cpu_name_devices():
-    assert select_device("cpu") == CPU
-    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+# ---------------------------------------------------------------------------------- weights in use
 
 
-def test_a_name_that_is_no_device_is_refused():
-    with pytest.raises(ConfigError) as refused:
-        select_device("gpu")
-    assert str(refused.value) == "device: 'gpu' is no device. Use auto, cpu or cuda."
+def test_the_average_follows_the_weights_and_is_the_result(store: Store):
+    training = Training(store, pretext_task("rotation", 2), configured(ema_decay=0.5))
+    plain = Training(store, pretext_task("rotation", 2), configured())
+    state = training.run(training.state())
+    assert same(weights(state), weights(plain.run(plain.state())))
+    average = state.result.state_dict()
+    name = next(name for name, value in average.items() if name.endswith("conv1.weight"))
+    assert not torch.equal(average[name], weights(state)[name])
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError) as refused:
-        select_device("cuda")
-    assert str(refused.value) == (
-        "device: cuda is asked for, and torch sees no GPU on this machine. "
-        "Set device=auto, or run medssl doctor to see why."
+def test_the_average_resumes_bitwise(store: Store, tmp_path: Path):
+    config = configured(ema_decay=0.5, checkpoint_every=2)
+    whole, cut = (Training(store, pretext_task("rotation", 2), config) for _ in range(2))
+    wanted = whole.run(whole.state())
+    half = Training(store, pretext_task("rotation", 2), configured(ema_decay=0.5, steps=2))
+    half_config = config.model_copy(update={"steps": 4})
+    state = cut.state()
+
+    def save_and_die() -> None:
+        state.save(tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(state, save=save_and_die)
+    resumed = half.state()
+    assert resumed.resume(tmp_path, CPU)
+    Training(store, pretext_task("rotation", 2), half_config).run(resumed)
+    theirs = wanted.result.state_dict()
+    assert all(
+        torch.equal(value, theirs[key]) for key, value in resumed.result.state_dict().items()
     )
 
 
-def test_a_metric_that_one_batch_leaves_undefined_is_the_mean_of_the_others():
-    meter = Meter()
-    for dice in (0.5, math.nan, 0.7):
-        meter.add({"loss": torch.tensor(1.0), "dice": torch.tensor(dice)})
-    assert meter.read() == pytest.approx({"loss": 1.0, "dice": 0.6})
+def test_dropout_is_a_function_of_the_step(store: Store, tmp_path: Path):
+    """Stochastic depth draws from the process's generator, which nothing else may move."""
+
+    def swin() -> TrainingState:
+        config = BACKBONES.config_class("torchvision")(variant="convnext_tiny")
+        backbone, _ = build_backbone(config, INITS.config_class("random")(), in_channels=1, seed=0)
+        return start_state(build_network(backbone, task, seed=1), settings, CPU)
+
+    task, settings = pretext_task("rotation", 2), configured(steps=3, global_batch_size=2)
+    ends = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        training = Training(store, task, settings)
+        state = training.run(swin())
+        ends.append(weights(state))
+        assert torch.initial_seed() == noise
+    assert same(*ends)
 
 
-def test_a_loss_that_is_not_a_number_is_never_passed_over():
-    meter = Meter()
-    for loss in (1.0, math.nan):
-        meter.add({"loss": torch.tensor(loss)})
-    assert math.isnan(meter.read()["loss"])
+# ---------------------------------------------------------------------------------- being stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_ends_the_step_and_saves_it(
+    store: Store, tmp_path: Path, number: signal.Signals, raised: type[BaseException]
+):
+    whole = Training(store, pretext_task("rotation", 2), configured())
+    wanted = whole.run(whole.state())
+    training = Training(store, pretext_task("rotation", 2), configured(checkpoint_every=100))
+    state = training.state()
+    handler = signal.getsignal(number)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            signal.raise_signal(number)
+
+    with pytest.raises(raised):
+        training.run(state, log=log, save=lambda: state.save(tmp_path))
+    assert signal.getsignal(number) is handler
+    assert [file.name[15:23] for file in saved_states(tmp_path)] == ["00000003"]
+    resumed = training.state()
+    assert resumed.resume(tmp_path, CPU)
+    assert same(weights(training.run(resumed)), weights(wanted))
+
+
+def test_a_second_signal_is_not_held_back(store: Store):
+    training = Training(store, pretext_task("rotation", 2), configured())
+    saved = []
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.run(training.state(), log=log, save=lambda: saved.append(True))
+    assert saved == []
+
+
+def test_time_that_is_up_saves_and_ends(store: Store, tmp_path: Path):
+    training = Training(store, pretext_task("rotation", 2), configured(max_minutes=1e-6))
+    state = training.state()
+    with pytest.raises(TimeUp, match="the 1e-06 minutes are over"):
+        training.run(state, save=lambda: state.save(tmp_path))
+    assert state.step == 1
+    assert len(saved_states(tmp_path)) == 1
+    assert TimeUp.exit_code == 143
+
+
+def test_a_scan_that_vanishes_saves_and_is_named(tmp_path: Path):
+    store = blob_store(tmp_path / "store")
+    training = Training(store, pretext_task("rotation", 2), configured(steps=50))
+    state = training.state()
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            shutil.rmtree(tmp_path / "store" / "scans")
+
+    class Uncached(Training):
+        def sampler(self) -> Any:
+            sampler = super().sampler()
+            sampler.cache_bytes = 0
+            return sampler
+
+    uncached = Uncached(store, training.task, training.config)
+    with pytest.raises(DataError, match=r"scan [abcd]1 is damaged in the store") as refused:
+        uncached.run(state, log=log, save=lambda: state.save(tmp_path / "states"))
+    assert refused.value.exit_code == 3
+    assert [file.name[15:23] for file in saved_states(tmp_path / "states")] == [f"{state.step:08d}"]
+
+
+# ------------------------------------------------------------------------------ how it is computed
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "settings", [{"recompute": True}, {"channels_last": True}], ids=["recompute", "channels_last"]
+)
+def test_saving_memory_or_time_changes_no_result(store: Store, dims: int, settings: dict[str, Any]):
+    ends = []
+    for extra in ({}, settings):
+        training = Training(
+            store, pretext_task("rotation", dims), configured(optimizer="sgd", **extra)
+        )
+        ends.append(weights(training.run(training.state())))
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_losses(store: Store):
+    logs = []
+    for compiled in (False, True):
+        training = Training(
+            store, pretext_task("rotation", 2), configured(steps=2, compile=compiled)
+        )
+        state = training.run(training.state())
+        logs.append([metrics["train/loss"] for _, metrics in training.logged])
+        assert not any("_orig_mod" in name for name in weights(state))
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from medssl.training.loop import Network
+from medssl.training.network import Network
 from medssl.training.optimization import (
     OptimizationConfig,
     build_optimizer,

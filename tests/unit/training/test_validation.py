@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medssl.scans.store import Store
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from medssl.training.validation import ValidationPuzzles
 from training import CPU, Training, blob_store, configured, pretext_task, tiny_backbone
 
