@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from medssl.models.inits import INITS
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.scans.store import Store
+from medssl.training.distributed import Ranks
 from medssl.training.loop import Calls, start_state, train
 from medssl.training.network import build_network
 from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
 from medssl.transforms.augmentation import AugmentationConfig
-from medssl.transforms.sampling import CropSampler, SampleRequest
+from medssl.transforms.sampling import CropSampler, Sample, SampleRequest
 from stores import make_store
 
 CPU = torch.device("cpu")
@@ -109,19 +111,52 @@ class Training:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         self.logged.append((step, metrics))
 
-    def run(self, state: TrainingState, **calls: Any) -> TrainingState:
-        """Train to the end of the configured steps."""
+    def run(
+        self,
+        state: TrainingState,
+        *,
+        ranks: Ranks | None = None,
+        seen: list[str] | None = None,
+        **calls: Any,
+    ) -> TrainingState:
+        """Train to the end of the configured steps.
+
+        Args:
+            state: what moves.
+            ranks: the processes that share each step.
+            seen: receives a digest of each crop that this process read.
+            calls: see `Calls`.
+        """
+        sampler = self.sampler()
+        if seen is not None:
+            sampler = _Seen(sampler, seen)
         train(
             state,
             self.task,
-            self.sampler(),
+            sampler,
             self.config,
             seed=self.seed,
             device=self.device,
             augmentation=self.augmentation,
             calls=Calls(**{"log": self._log, **calls}),
+            ranks=ranks,
         )
         return state
+
+
+class _Seen(CropSampler):
+    """A sampler that notes a digest of every crop it cuts."""
+
+    def __init__(self, sampler: CropSampler, seen: list[str]) -> None:
+        self.__dict__.update(sampler.__dict__)
+        self._seen = seen
+
+    def batch(self, step: int, size: int) -> Sample:
+        sample = super().batch(step, size)
+        self._seen += [
+            hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in sample.images
+        ]
+        return sample
 
 
 def configured(**settings: Any) -> TrainingConfig:

@@ -15,7 +15,9 @@ from medssl.training.distributed import Ranks
 
 
 class StepBuffers:
-    """The floating-point buffers of a network, over the micro batches of one step.
+    """The buffers of a network, over the micro batches of one step.
+
+    Counters (of batches seen) count steps.
 
     Args:
         network: whose buffers to watch.
@@ -24,23 +26,26 @@ class StepBuffers:
     """
 
     def __init__(self, network: nn.Module, ranks: Ranks, micro_batches: int) -> None:
-        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        self._buffers = buffers if micro_batches > 1 else []
+        buffers = list(network.buffers()) if micro_batches > 1 else []
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         self._ranks, self._micro_batches = ranks, micro_batches
         self._before: list[Tensor] = []
         self._sums: list[Tensor] = []
+        self._counted: list[Tensor] = []
 
     def begin(self) -> None:
         """Note the statistics that a step starts from."""
         if self._buffers:
-            self._before = [buffer.clone() for buffer in self._buffers]
+            self._before = [buffer.clone() for buffer in [*self._buffers, *self._counters]]
             self._sums = [torch.zeros_like(buffer) for buffer in self._buffers]
 
     def after_micro_batch(self) -> None:
         """Gather what a micro batch found, and go back to the step's start."""
         if self._buffers:
             torch._foreach_add_(self._sums, self._buffers)
-            torch._foreach_copy_(self._buffers, self._before)
+            self._counted = [counter.clone() for counter in self._counters]
+            torch._foreach_copy_([*self._buffers, *self._counters], self._before)
 
     def end(self) -> None:
         """Set the mean over all micro batches of all processes."""
@@ -49,3 +54,5 @@ class StepBuffers:
             parts = (flat / self._micro_batches).split([each.numel() for each in self._sums])
             for buffer, part in zip(self._buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
+            for counter, counted in zip(self._counters, self._counted, strict=True):
+                counter.copy_(counted)
