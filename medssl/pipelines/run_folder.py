@@ -85,7 +85,9 @@ class RunFolder:
 
     def note_inits(self, reports: dict[str, dict[str, Any]]) -> None:
         """Add what was loaded into each init; those of an earlier start are kept."""
-        self.note(inits={**self._provenance["inits"], **reports})
+        inits = {**self._provenance["inits"], **reports}
+        if inits != self._provenance["inits"]:  # it is asked after every cell
+            self.note(inits=inits)
 
     def finish(self) -> None:
         """Note when the run ended."""

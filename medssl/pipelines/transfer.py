@@ -403,7 +403,10 @@ def evaluate(
         with tracker.run(f"cell/{cell.key}", parent=parent.name, params=params) as handle:
             protocol = PROTOCOLS.build(protocols[cell.protocol])
             predictions = protocol.run(cell, setting, handle.log)
-            handle.tag("init_report", str(evaluation.reports[cell.init]))
+            report = evaluation.reports[cell.init]
+            handle.tag("init_report", str(report))
+            # Before the cell counts as finished: a resumed run loads nothing for it any more.
+            folder.note_inits({cell.init: report.to_dict()})
             write_cell(
                 cells_folder, cell, predictions, setting,
                 pretext=evaluation.pretexts[cell.init], backbone=evaluation.backbone.name,
@@ -416,6 +419,5 @@ def evaluate(
         run_cell,
         lambda done, total, note: progress("transfer", done, total, note),
     )
-    folder.note_inits({label: report.to_dict() for label, report in evaluation.reports.items()})
     predictions = collect(cells_folder, cells)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
