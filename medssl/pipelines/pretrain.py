@@ -31,6 +31,7 @@ from medssl.pipelines.facts import data_digests
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
+from medssl.pipelines.starts import start_in_words
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
@@ -212,7 +213,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "patients_validated_on": len(splits.val),
         "pretext": config.pretext.name,
         "backbone": config.backbone.name,
-        "init": config.init.name,
+        "init": start_in_words(config.backbone, config.init),
         "steps": config.training.steps,
         "images": config.training.steps * config.training.global_batch_size,
         "device": str(select_device(config.device)),

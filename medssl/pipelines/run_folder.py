@@ -125,6 +125,21 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
         )
 
 
+def noted_inits(path: Path) -> dict[str, Any]:
+    """Return what was loaded into each init of a run, by their labels; empty where none is noted.
+
+    See `medssl.models.inits.base.LoadReport.to_dict`.
+    """
+    inits = _read_json(path / _PROVENANCE).get("inits")
+    return inits if isinstance(inits, dict) else {}
+
+
+def keep_inits(path: Path, reports: Mapping[str, Any]) -> None:
+    """Keep what other runs loaded into their inits in a folder that only compares them."""
+    content = {**_read_json(path / _PROVENANCE), "inits": dict(reports)}
+    atomic_write(path / _PROVENANCE, json.dumps(content, indent=2) + "\n")
+
+
 def command_line() -> str:
     """Return the command this process was started with, without the folders of absolute paths.
 

@@ -32,6 +32,7 @@ from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import MatrixConfig, SamplingConfig, SplitConfig, StatisticsConfig
+from medssl.pipelines.starts import start_in_words
 from medssl.randomness import derive_seed
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
@@ -237,7 +238,9 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         "patients": {
             "train": len(splits.train), "val": len(splits.val), "test": len(splits.test),
         },
-        "inits": list(config.inits),
+        "inits": {
+            label: start_in_words(config.backbone, init) for label, init in config.inits.items()
+        },
         "tasks": list(tasks),
         "protocols": [protocol.name for protocol in config.protocols],
         "labelled_patients": list(numbers),

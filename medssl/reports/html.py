@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
-from medssl.reports.contents import Contents, init_names, read_contents
+from medssl.reports.contents import Contents, read_contents
 from medssl.reports.facts import (
     data_rows,
     init_rows,
@@ -125,10 +125,11 @@ def _words(contents: Contents) -> dict[str, Any]:
 
 def _examples(contents: Contents) -> list[dict[str, str]]:
     """Return the pictures of pretext puzzles that the study left."""
-    names = init_names(contents.config)
     return [
         {
-            "title": init_name(names.get(label := path.stem.removeprefix("pretext_"), label)),
+            "title": init_name(
+                contents.names.get(label := path.stem.removeprefix("pretext_"), label)
+            ),
             "image": data_uri(path.read_bytes()),
         }
         for path in sorted((contents.folder / FIGURES).glob("pretext_*.png"))
