@@ -68,6 +68,8 @@ class Captured:
         yield 1, size
         if self.sizes != "fixed":
             yield 1, (self.smallest,) * len(size)
+            if self.sizes == "any":  # odd at every halving, where the example is even
+                yield 1, tuple(length + 1 for length in size)
             more = self.step if self.sizes == "multiples" else 7
             yield 3, tuple(self.smallest + more * axis for axis in reversed(range(len(size))))
 
@@ -85,7 +87,7 @@ class _Named(nn.Module):
         named = {
             stage.name: feature for stage, feature in zip(backbone.stages, features, strict=True)
         }
-        return {**named, "embedding": features[-1].mean(dim=tuple(range(2, image.ndim)))}
+        return {**named, "embedding": backbone.pool(features[-1])}
 
     def _padded(self, x_BC: Tensor) -> list[Tensor]:
         """Do as `Backbone.forward`, but pad always, if only by nothing."""
