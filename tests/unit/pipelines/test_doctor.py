@@ -179,8 +179,10 @@ RESNET18 = {"name": "torchvision", "variant": "resnet18"}
             RESNET18,
             {"name": "imagenet", "path": "stick"},
             "problem",
-            "resnet18-f37072fd.pth is not at init.path (stick); mend the path, or run: "
-            + "medssl weights fetch torchvision:resnet18 --out FOLDER",
+            (
+                "resnet18-f37072fd.pth is not at init.path (stick); mend the path, or run: medssl "
+                "weights fetch torchvision:resnet18 --out FOLDER"
+            ),
         ),
     ],
 )
