@@ -27,7 +27,7 @@ from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
-from medssl.pipelines.facts import data_digests
+from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
@@ -190,6 +190,13 @@ def run(
             splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
             folder.pin_data(data_digests(index, store, splits))
             splits.write(out / "splits.json")
+            earlier = earlier_contract(config.init)
+            facts = data_facts(
+                index, store, splits,
+                pretraining_pool=pretraining_pool(store, splits),
+                overlap=len({*splits.test} & {*(earlier.patients if earlier else ())}),
+            )  # fmt: skip
+            folder.write_json("data.json", facts)
             pretrain_backbone(
                 job, index, store, splits, out / "checkpoints" / "backbone", handle, progress,
                 out / "figures" / "pretext_backbone.png" if config.include_images else None,

@@ -162,7 +162,7 @@ def _origins(config: Mapping[str, Any]) -> dict[str, str]:
         init, pretext = (
             (section.get("init"), section.get("pretext")) if of_study else (section, None)
         )
-        if whole := taken_to_3d(_name_of(init), _name_of(config.get("backbone"))):
+        if whole := taken_to_3d(name_of(init), name_of(config.get("backbone"))):
             found[str(label)] = f"{FROM} {whole}" if pretext else whole
     return found
 
@@ -172,7 +172,7 @@ def _named(label: str, origin: str) -> str:
     return origin if is_itself else f"{label} ({origin})"
 
 
-def _name_of(component: Any) -> str:
+def name_of(component: Any) -> str:
     """Return a component's name, given whole or by its name alone."""
     return str(component.get("name", "") if isinstance(component, dict) else component or "")
 

@@ -12,6 +12,7 @@ from medssl.reports.facts import (
     init_rows,
     limits,
     pretext_rows,
+    pretraining_method,
     provenance_rows,
     rejection_rows,
     version_rows,
@@ -34,6 +35,7 @@ from medssl.reports.tables import (
     labels_saved,
     metric_name,
     protocol_name,
+    title,
     verdicts,
 )
 
@@ -83,7 +85,10 @@ def _words(contents: Contents) -> dict[str, Any]:
     return {
         "style": style("report.css"),
         "name": contents.name,
+        "title": title(contents),
         "headline": headline(contents),
+        "pretraining_method": pretraining_method(contents),
+        "is_evaluated": len(contents.results) > 0,
         "reference": init_name(contents.reference),
         "confidence": f"{contents.confidence * 100:g} %",
         "synthetic": bool(contents.data.get("synthetic")),
