@@ -11,13 +11,17 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import Conv2dSame
+from torch import nn
 
 from exports import MONAI_2D, make_backbone, make_subject
 from medssl.errors import WeightsError
+from medssl.models.export._capture import _for_multiples
 from medssl.models.export.base import EMBEDDING, Subject, check_equal
 from medssl.models.export.onnx import Onnx
 from medssl.models.export.program import Program
 from medssl.models.export.state_dict import StateDict
+from medssl.models.inflated_layers import AlongZ, InflatedConv
 from tests.unit.models.export.test_program import OTHER_PROCESS
 
 IN_3D: dict[str, dict[str, Any]] = {
@@ -69,6 +73,25 @@ def test_the_exported_embedding_pools_slices_as_the_backbone_does(pooling: str) 
     with torch.no_grad():
         found = subject.captured.program.module()(images)[EMBEDDING]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_inflated_layers_that_pad_as_tensorflow_does_pad_by_constants_for_multiples() -> None:
+    flat = Conv2dSame(1, 4, 3, stride=2)
+    net: Any = nn.Sequential(InflatedConv(flat, AlongZ(3, 2, "mean"))).eval()
+    images = torch.rand(1, 1, 12, 20, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        changed = _for_multiples(net)
+        assert not isinstance(changed[0], InflatedConv)
+        assert torch.allclose(changed(images), net(images), atol=1e-6)
+    assert isinstance(net[0], InflatedConv)  # the backbone itself stays as it is
+
+
+@pytest.mark.slow
+def test_inflated_efficientnet_is_captured_for_multiples_of_its_stride(tmp_path: Path) -> None:
+    lite0 = {"name": "timm", "variant": "efficientnet_lite0"}
+    subject = make_subject(make_backbone({"name": "inflated", "backbone": lite0}))
+    assert Program().write(subject, tmp_path)["largest_difference"] < 1e-4
+    assert (subject.captured.sizes, subject.captured.step) == ("multiples", 32)
 
 
 def test_more_slices_than_pass_at_once_are_exported_too(
