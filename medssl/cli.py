@@ -623,12 +623,21 @@ def list_(kind: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("config", type=_PATH, required=False)
+@_OVERRIDES
 @_JSON
-def doctor(as_json: bool) -> None:
-    """Say what this machine can do, and what to mend."""
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what this machine can do, and what to mend.
+
+    With a config file, say whether the ImageNet weights that it starts from are here.
+
+    \b
+    medssl doctor
+    medssl doctor configs/studies/demo.yaml
+    """
     from medssl.pipelines.doctor import examine
 
-    findings = examine()
+    findings = examine(config, overrides)
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

@@ -25,6 +25,7 @@ from medssl.config import ComponentConfig, Config, validate_config
 from medssl.errors import WeightsError
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
+from medssl.models.origin import beginning, taken_to_3d
 from medssl.tracking import registry
 
 CONTRACT_VERSION = 2
@@ -200,9 +201,13 @@ def history_of(contract: Contract) -> tuple[_Content, ...]:
 
 
 def lineage(contract: Contract) -> str:
-    """Return how weights came about, in words: ``imagenet → rotation → jigsaw``."""
+    """Return how weights came about, in words: ``imagenet → rotation → jigsaw``.
+
+    ImageNet's weights that were taken to 3D are called so: ``inflated ImageNet → rotation``.
+    """
     stages = history_of(contract)
-    first = str(stages[0]["init"].get("name", "?"))
+    init, backbone = beginning(contract.model_dump(mode="json"))
+    first = taken_to_3d(init, backbone) or init
     return " → ".join(
         [first, *(str(stage["pretext"].get("name", "?")) for stage in stages if stage["pretext"])]
     )

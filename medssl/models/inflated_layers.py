@@ -80,11 +80,16 @@ def repeat_ends(x_BCXYZ: Tensor, kernel: int, stride: int, dilation: int = 1) ->
     """Repeat the outermost slices, so that a window without padding meets ceil(Z / stride) places.
 
     The windows lie as those of the usual padding by half a kernel. Joins views rather than call
-    `functional.pad`, whose gradient is not deterministic on a GPU.
+    `functional.pad`, whose gradient is not deterministic on a GPU; a captured program, which has no
+    gradient, picks slices, as a branch on their number would hold for some numbers only.
     """
     length = x_BCXYZ.shape[-1]
     reach = dilation * (kernel - 1) + 1
     before = max(0, (reach - stride + 1) // 2)
+    if torch.compiler.is_exporting():
+        total = ((length + stride - 1) // stride - 1) * stride + reach
+        places = torch.arange(total, device=x_BCXYZ.device) - before
+        return x_BCXYZ.index_select(-1, places.clamp(0, length - 1))
     after = (-(-length // stride) - 1) * stride + reach - length - before
     parts = [x_BCXYZ if after >= 0 else x_BCXYZ[..., : length + after]]
     if before:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from medssl.atomic import atomic_write
 from medssl.errors import DataError
 from medssl.evaluation.statistics import compare, estimate
-from medssl.pipelines.run_folder import RunFolder
+from medssl.pipelines.run_folder import RunFolder, keep_inits, noted_inits
 from medssl.pipelines.sections import StatisticsConfig
 from medssl.reports.html import build_report
 from medssl.tracking.base import RunHandle
@@ -71,6 +72,7 @@ def run(
         DataError: a folder has no predictions, or the runs were not tested on the same cases.
     """
     tables, taken, metrics = [], set[str](), dict[str, str]()
+    reports: dict[str, Any] = {}
     for folder in runs:
         try:
             table = pd.read_parquet(folder / "predictions.parquet")
@@ -80,14 +82,19 @@ def run(
                 "Finish that run first."
             ) from None
         shared = taken & set(table["init"])
-        table["init"] = [
-            f"{init} ({folder.name})" if init in shared else init for init in table["init"]
-        ]
+        label_of = {
+            init: f"{init} ({folder.name})" if init in shared else init
+            for init in table["init"].unique()
+        }
+        table["init"] = table["init"].map(label_of)
         taken |= set(table["init"])
+        loaded = noted_inits(folder)
+        reports |= {label: loaded[init] for init, label in label_of.items() if init in loaded}
         tables.append(table)
         metrics |= _metrics_of(folder)
     predictions = pd.concat(tables, ignore_index=True)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
+    keep_inits(out, reports)  # the report says what each one started from
     comparisons = tabulate(out, predictions, statistics or StatisticsConfig(), metrics)
     build_report(out)
     return comparisons

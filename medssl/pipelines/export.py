@@ -26,6 +26,7 @@ from medssl.models.checkpoints import (
 from medssl.models.export import EXPORTS
 from medssl.models.export._card import Result, render_card
 from medssl.models.export.base import Export, Subject
+from medssl.models.origin import beginning
 from medssl.pipelines.progress import Progress, silent
 from medssl.transforms.preprocessing import PreprocessingConfig
 
@@ -161,7 +162,8 @@ def _prepare(
     run_folder = _run_of(checkpoint)
     pretext = str((contract.pretext or {}).get("name", "no pretext task"))
     title = pretext if checkpoint.name in ("backbone", _CHECKPOINTS) else checkpoint.name
-    origin = backbone.imagenet_weights if contract.init.get("name") == "imagenet" else None
+    first, _ = beginning(contract.model_dump(mode="json"))
+    origin = backbone.imagenet_weights if first == "imagenet" else None
     subject = Subject(
         backbone,
         contract,

@@ -143,7 +143,10 @@ def run(
         "share_by_structure": {
             f"{init} {stage}": part.by_class for (init, stage), part in agreements.items()
         },
-        "names": init_names(config.model_dump(mode="json")),
+        "names": init_names(
+            config.model_dump(mode="json"),
+            {label: report.to_dict() for label, report in evaluation.reports.items()},
+        ),
         "inits": {label: str(report) for label, report in evaluation.reports.items()},
         "pictures_of_patients": config.include_images,
     }

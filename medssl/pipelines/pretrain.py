@@ -27,10 +27,11 @@ from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
-from medssl.pipelines.facts import data_digests
+from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
+from medssl.pipelines.starts import start_in_words
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
@@ -204,6 +205,13 @@ def _lead(
                 return store, splits
 
             store, splits = job.ranks.leader_first("prepare", prepared)
+            earlier = earlier_contract(config.init)
+            facts = data_facts(
+                index, store, splits,
+                pretraining_pool=pretraining_pool(store, splits),
+                overlap=len({*splits.test} & {*(earlier.patients if earlier else ())}),
+            )  # fmt: skip
+            folder.write_json("data.json", facts)
             pretrain_backbone(
                 job, index, store, splits, out / "checkpoints" / "backbone", handle, progress,
                 out / "figures" / "pretext_backbone.png" if config.include_images else None,
@@ -240,7 +248,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "patients_validated_on": len(splits.val),
         "pretext": config.pretext.name,
         "backbone": config.backbone.name,
-        "init": config.init.name,
+        "init": start_in_words(config.backbone, config.init),
         "steps": config.training.steps,
         "images": config.training.steps * config.training.global_batch_size,
         "device": str(select_device(config.device)),

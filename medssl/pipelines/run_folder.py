@@ -85,7 +85,9 @@ class RunFolder:
 
     def note_inits(self, reports: dict[str, dict[str, Any]]) -> None:
         """Add what was loaded into each init; those of an earlier start are kept."""
-        self.note(inits={**self._provenance["inits"], **reports})
+        inits = {**self._provenance["inits"], **reports}
+        if inits != self._provenance["inits"]:  # it is asked after every cell
+            self.note(inits=inits)
 
     def finish(self) -> None:
         """Note when the run ended."""
@@ -121,6 +123,21 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
             f"the run folder {path.name!r} holds a run of another configuration: {changed}. "
             "Choose another --out, or delete that folder."
         )
+
+
+def noted_inits(path: Path) -> dict[str, Any]:
+    """Return what was loaded into each init of a run, by their labels; empty where none is noted.
+
+    See `medssl.models.inits.base.LoadReport.to_dict`.
+    """
+    inits = _read_json(path / _PROVENANCE).get("inits")
+    return inits if isinstance(inits, dict) else {}
+
+
+def keep_inits(path: Path, reports: Mapping[str, Any]) -> None:
+    """Keep what other runs loaded into their inits in a folder that only compares them."""
+    content = {**_read_json(path / _PROVENANCE), "inits": dict(reports)}
+    atomic_write(path / _PROVENANCE, json.dumps(content, indent=2) + "\n")
 
 
 def command_line() -> str:

@@ -28,6 +28,7 @@ from medssl.pipelines.pretrain import (
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig
+from medssl.pipelines.starts import start_in_words
 from medssl.pipelines.transfer import (
     Evaluation,
     EvaluationSection,
@@ -229,7 +230,7 @@ def plan(config: StudyConfig, out: Path | None = None) -> dict[str, Any]:
         "run_folder": str(out or default_folder(config)),
         "device": str(select_device(config.device)),
         "inits": {
-            label: init.pretext.name + " from " + init.init.name if init.pretext else init.init.name
+            label: start_in_words(config.backbone, init.init, init.pretext)
             for label, init in config.inits.items()
         },
         "pretraining_steps": {

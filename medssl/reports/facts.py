@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from medssl.reports.contents import Contents
+from medssl.models.origin import taken_to_3d
+from medssl.reports.contents import Contents, name_of
 from medssl.reports.tables import init_name
 
 # Below these, an interval is wide or a verdict fragile, and the report says so.
@@ -16,6 +17,11 @@ FEW_SEEDS = 5
 _FEW_TENSORS = 3
 """Tensors that are named one by one where they were adapted alike."""
 
+_HELD_OUT = (
+    "Splits are by patient. Losses and scores of validation come from fixed puzzles, cut from "
+    "validation patients who were not trained on; patients of the test side took no part in it."
+)
+
 Rows = list[tuple[str, str]]
 
 
@@ -24,9 +30,14 @@ def warnings_of(contents: Contents) -> list[str]:
     found = []
     overlap = int(contents.data.get("test_patients_in_pool") or 0)
     if overlap:
+        favours = (
+            "The comparison favours the pretrained inits."
+            if len(contents.results)
+            else "A comparison on them would favour these weights."
+        )
         found.append(
             f"{overlap} test {_plural(overlap, 'patient was', 'patients were')} in the pretraining "
-            "pool. The comparison favours the pretrained inits."
+            f"pool. {favours}"
         )
     stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
     if stopped:
@@ -38,6 +49,25 @@ def warnings_of(contents: Contents) -> list[str]:
         if part["state"] in ("stuck", "suspicious", "nothing counts") or part.get("beaten_by")
     ]
     return found
+
+
+def pretraining_method(contents: Contents) -> str:
+    """Say how a run that only pretrained went about it; empty for all others."""
+    if len(contents.results) or not contents.pretraining:
+        return ""
+    settings = contents.pretraining[0].params
+    config = contents.config
+    backbone, init = name_of(config.get("backbone")), name_of(config.get("init")) or "random"
+    start = taken_to_3d(init, backbone) or {"imagenet": "ImageNet"}.get(init, init)
+    weights = "the weights of a checkpoint" if init == "checkpoint" else f"{start} weights"
+    steps = f"{_count(settings.get('steps'))} steps of {settings.get('global_batch_size')} images"
+    task = f"the pretext task {settings.get('pretext')}"
+    if len(contents.pretraining) > 1:  # a study that has not come to its evaluation
+        return "Each backbone was trained with its pretext task; no label was read. " + _HELD_OUT
+    return (
+        f"One backbone ({backbone}) started from {weights} and was trained with {task} for "
+        f"{steps}; no label was read. {_HELD_OUT}"
+    )
 
 
 def pretext_rows(contents: Contents) -> list[dict[str, str]]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
-from medssl.reports.contents import Contents, init_names, read_contents
+from medssl.reports.contents import Contents, read_contents
 from medssl.reports.facts import (
     data_rows,
     init_rows,
     limits,
     pretext_rows,
+    pretraining_method,
     provenance_rows,
     rejection_rows,
     version_rows,
@@ -34,6 +35,7 @@ from medssl.reports.tables import (
     labels_saved,
     metric_name,
     protocol_name,
+    title,
     verdicts,
 )
 
@@ -83,7 +85,10 @@ def _words(contents: Contents) -> dict[str, Any]:
     return {
         "style": style("report.css"),
         "name": contents.name,
+        "title": title(contents),
         "headline": headline(contents),
+        "pretraining_method": pretraining_method(contents),
+        "is_evaluated": len(contents.results) > 0,
         "reference": init_name(contents.reference),
         "confidence": f"{contents.confidence * 100:g} %",
         "synthetic": bool(contents.data.get("synthetic")),
@@ -125,10 +130,11 @@ def _words(contents: Contents) -> dict[str, Any]:
 
 def _examples(contents: Contents) -> list[dict[str, str]]:
     """Return the pictures of pretext puzzles that the study left."""
-    names = init_names(contents.config)
     return [
         {
-            "title": init_name(names.get(label := path.stem.removeprefix("pretext_"), label)),
+            "title": init_name(
+                contents.names.get(label := path.stem.removeprefix("pretext_"), label)
+            ),
             "image": data_uri(path.read_bytes()),
         }
         for path in sorted((contents.folder / FIGURES).glob("pretext_*.png"))

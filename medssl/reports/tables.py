@@ -88,6 +88,18 @@ def verdicts(contents: Contents) -> list[Verdict]:
     return found
 
 
+def title(contents: Contents) -> str:
+    """Return the question that a run answers, by what it did."""
+    reference = init_name(contents.reference)
+    if not len(contents.results):
+        return "What did pretraining on these scans learn?"
+    if not len(contents.comparisons):
+        return "How well do these weights serve the task?"
+    if not is_pretrained(contents.comparisons).any():
+        return f"How do other weights compare with {reference}?"
+    return f"Does pretraining on these scans beat {reference} weights?"
+
+
 def headline(contents: Contents) -> str:
     """Return the whole study in one or two sentences."""
     table = contents.comparisons
@@ -123,7 +135,10 @@ def headline(contents: Contents) -> str:
 def no_verdict(contents: Contents) -> str:
     """Say why there is no verdict."""
     if not len(contents.results):
-        return "No verdict: this run pretrained a backbone and did not evaluate it."
+        return (
+            "No verdict: this run pretrained a backbone and did not evaluate it. Whether its "
+            "weights help a task, medssl transfer measures."
+        )
     inits = ", ".join(sorted(set(contents.results["init"])))
     return (
         f"No verdict: nothing here can be compared with {init_name(contents.reference)} "

@@ -186,9 +186,12 @@ class Backbone(nn.Module, ABC):
         ]
 
     def embed(self, x_BC: Tensor) -> Tensor:
-        """Return one vector an image, (B, `embedding_channels`): the last stage's global mean."""
-        last: Tensor = self(x_BC)[-1]
-        return last.flatten(2).mean(dim=2)
+        """Return one vector an image, (B, `embedding_channels`); see `pool`."""
+        return self.pool(self(x_BC)[-1])
+
+    def pool(self, last_BC: Tensor) -> Tensor:
+        """Return one vector an image from the last stage's features: their global mean."""
+        return last_BC.flatten(2).mean(dim=2)
 
     def _check(self, x_BC: Tensor) -> None:
         wanted = 2 + self.spatial_dims

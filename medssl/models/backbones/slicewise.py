@@ -34,7 +34,7 @@ class SlicewiseBackbone(Backbone):
     """A 2D network that sees each slice (X, Y) of a volume alone; its stages keep all slices.
 
     In training, all slices of a batch pass together, and a batch norm takes its statistics over
-    them. Slices meet only in `embed` and in the head.
+    them. Slices meet only in `pool` and in the head.
     """
 
     net: Backbone
@@ -61,18 +61,19 @@ class SlicewiseBackbone(Backbone):
         num_slices = x_BC.shape[-1]
         slices_BCXY = x_BC.movedim(-1, 1).flatten(0, 1)
         learning = self.training or torch.is_grad_enabled()
-        # In parts only where that changes nothing: a batch norm in training sees all slices.
-        parts = [slices_BCXY] if learning else slices_BCXY.split(SLICES_AT_ONCE)
+        # In parts only where that changes nothing: a batch norm in training sees all slices. Nor in
+        # a captured program, which does not know how many there will be.
+        whole = learning or torch.compiler.is_exporting()
+        parts = [slices_BCXY] if whole else slices_BCXY.split(SLICES_AT_ONCE)
         found = [self.net.extract(part) for part in parts]
         return [
-            torch.cat(stage).unflatten(0, (-1, num_slices)).movedim(1, -1)
+            torch.cat(stage).unflatten(0, (x_BC.shape[0], num_slices)).movedim(1, -1)
             for stage in zip(*found, strict=True)
         ]
 
-    def embed(self, x_BC: Tensor) -> Tensor:
+    def pool(self, last_BC: Tensor) -> Tensor:
         """Return one vector a volume: each slice's global mean, then the mean or maximum of all."""
-        last: Tensor = self(x_BC)[-1]
-        slices_BCZ = last.mean(dim=(2, 3))
+        slices_BCZ = last_BC.mean(dim=(2, 3))
         return slices_BCZ.mean(dim=2) if self.pooling == "mean" else slices_BCZ.amax(dim=2)
 
     @property

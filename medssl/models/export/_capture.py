@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from medssl.errors import WeightsError
 from medssl.models.backbones.base import Backbone
+from medssl.models.inflated_layers import InflatedConv, repeat_ends
 
 _Net = TypeVar("_Net", bound=nn.Module)
 
@@ -68,6 +69,8 @@ class Captured:
         yield 1, size
         if self.sizes != "fixed":
             yield 1, (self.smallest,) * len(size)
+            if self.sizes == "any":  # odd at every halving, where the example is even
+                yield 1, tuple(length + 1 for length in size)
             more = self.step if self.sizes == "multiples" else 7
             yield 3, tuple(self.smallest + more * axis for axis in reversed(range(len(size))))
 
@@ -85,7 +88,7 @@ class _Named(nn.Module):
         named = {
             stage.name: feature for stage, feature in zip(backbone.stages, features, strict=True)
         }
-        return {**named, "embedding": features[-1].mean(dim=tuple(range(2, image.ndim)))}
+        return {**named, "embedding": backbone.pool(features[-1])}
 
     def _padded(self, x_BC: Tensor) -> list[Tensor]:
         """Do as `Backbone.forward`, but pad always, if only by nothing."""
@@ -146,9 +149,12 @@ def capture(backbone: Backbone, fixed_size: tuple[int, ...] | None = None) -> Ca
 def _tries(backbone: Backbone, fixed_size: tuple[int, ...] | None) -> tuple[Sizes, ...]:
     if fixed_size is not None:
         return ("fixed",)
-    kinds = {type(module).__name__ for module in backbone.modules()}
-    padding = {name for name in kinds if name.endswith(_TENSORFLOW_PADDING)}
-    if padding - {"Conv2dSame"}:
+    padding = {
+        type(module).__name__
+        for module in backbone.modules()
+        if type(module).__name__.endswith(_TENSORFLOW_PADDING) or getattr(module, "same", False)
+    }
+    if padding - {"Conv2dSame", "InflatedConv"}:
         return ("fixed",)
     return ("multiples", "fixed") if padding else ("any", "multiples", "fixed")
 
@@ -160,7 +166,7 @@ class _Conv2dOfMultiples(nn.Module):
     kernel k, stride s and dilation d, whatever n is; the smaller half of them in front.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
@@ -175,12 +181,30 @@ class _Conv2dOfMultiples(nn.Module):
         )
 
 
+class _InflatedConvOfMultiples(_Conv2dOfMultiples):
+    """The same of an inflated convolution, along X and Y; along Z it takes any number of slices."""
+
+    def __init__(self, conv: InflatedConv) -> None:
+        super().__init__(conv)
+        self.kernel_size = conv.kernel_size
+        self.padding = [0, 0, *self.padding[2:]]  # functional.pad begins with Z
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        along_z = (self.kernel_size[2], self.stride[2], self.dilation[2])
+        padded = functional.pad(repeat_ends(x_BCXYZ, *along_z), self.padding)
+        return functional.conv3d(
+            padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
 def _for_multiples(backbone: _Net) -> _Net:
     """Return a copy whose layers pad by constants; right for multiples of the total stride."""
     changed = copy.deepcopy(backbone)
     for name, module in list(changed.named_modules()):
         if type(module).__name__ == "Conv2dSame" and isinstance(module, nn.Conv2d):
             changed.set_submodule(name, _Conv2dOfMultiples(module))
+        elif isinstance(module, InflatedConv) and module.same:
+            changed.set_submodule(name, _InflatedConvOfMultiples(module))
     return changed
 
 

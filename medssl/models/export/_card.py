@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from medssl import __version__
 from medssl.models.backbones.base import Backbone
-from medssl.models.checkpoints import Contract
+from medssl.models.checkpoints import Contract, lineage
 
 
 @dataclass(frozen=True)
@@ -89,4 +89,5 @@ def render_card(
         pretext_settings=", ".join(f"{name} {value}" for name, value in settings.items()),
         num_parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         version=__version__,
+        lineage=lineage(contract),
     )

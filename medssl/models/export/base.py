@@ -70,7 +70,7 @@ class Subject:
         """Return what the backbone itself says to images: every stage by name, the embedding."""
         with torch.inference_mode():
             stages = self.backbone(images_BC)
-        embedding = stages[-1].flatten(2).mean(dim=2)
+            embedding = self.backbone.pool(stages[-1])
         return dict(zip(self.output_names(), [*stages, embedding], strict=True))
 
     def sample_images(self, batch: int, size: Sequence[int]) -> Tensor:

@@ -21,6 +21,18 @@ from medssl.models.backbones.base import Backbone
 from medssl.models.export._stems import spread_grey
 from medssl.models.export.base import EMBEDDING, Export, Subject, check_equal
 
+_TOKENS = """
+`model(x)` is the class token, and medssl's embedding is the mean of the patch tokens: that is what
+was pretrained and evaluated. A head in the place of `model.heads` would see the class token alone.
+The embedding, and the patch tokens that it is the mean of:
+
+```python
+from torchvision.models.feature_extraction import create_feature_extractor
+
+tokens = create_feature_extractor(model, ["encoder.ln"])(x)["encoder.ln"]
+embedding = tokens[:, 1:].mean(dim=1)
+```
+"""
 _PREFIX = "net."
 _RGB = 3
 
@@ -40,6 +52,8 @@ class Plain:
         build: returns the library's model, with no head.
         answer: its outputs by the names that `Subject.answers` uses; a part of them.
         code: Python that builds the model, called ``model``.
+        size: the one image size that the library's model takes; None: not only one.
+        note: what a user must know of the model's answer; empty where it is medssl's embedding.
     """
 
     library: str
@@ -52,6 +66,8 @@ class Plain:
     build: Callable[[], nn.Module]
     answer: Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
     code: str
+    size: tuple[int, ...] | None = None
+    note: str = ""
 
     @property
     def file(self) -> str:
@@ -157,10 +173,22 @@ def _torchvision(backbone: Backbone) -> Plain:
         f'model = torchvision.models.get_model("{name}", weights=None)\n'
         f"model.{part} = torch.nn.Identity()"
     )
-    return Plain(
-        "torchvision", name, state, head, _RGB, mean, std, build,
-        lambda net, x: {EMBEDDING: net(x).flatten(1)}, code,
-    )  # fmt: skip
+    shared = ("torchvision", name, state, head, _RGB, mean, std, build)
+    if isinstance(model, models.VisionTransformer):
+        return Plain(*shared, _patch_means, code, (model.image_size,) * 2, _TOKENS)
+    return Plain(*shared, lambda net, x: {EMBEDDING: net(x).flatten(1)}, code)
+
+
+def _patch_means(model: nn.Module, x_BCXY: Tensor) -> dict[str, Tensor]:
+    """Return the mean of the patch tokens after the last norm, which no output of the model is."""
+    kept: list[Tensor] = []
+    encoder: Any = model.get_submodule("encoder.ln")
+    handle = encoder.register_forward_hook(lambda _, __, tokens: kept.append(tokens))
+    try:
+        model(x_BCXY)
+    finally:
+        handle.remove()
+    return {EMBEDDING: kept[0][:, 1:].mean(dim=1)}
 
 
 def _timm(backbone: Backbone) -> Plain:
@@ -286,7 +314,7 @@ def _compare(subject: Subject, plain: Plain, file: Path) -> float:
     model.eval()
     step = max(*subject.backbone.stages[-1].stride, subject.backbone.divisor)
     size = (2 * step, 3 * step, 2 * step)[: subject.backbone.spatial_dims]
-    images = subject.sample_images(2, subject.image_size or size)
+    images = subject.sample_images(2, plain.size or subject.image_size or size)
     with torch.no_grad():
         found = plain.answer(model, plain.prepare(images))
     wanted = {name: tensor for name, tensor in subject.answers(images).items() if name in found}
@@ -317,13 +345,20 @@ std = torch.tensor({list(plain.std)})
 x = (images - mean.view({shape})) / std.view({shape})
 ```
 """
+    if plain.note:
+        text += plain.note
     if plain.head:
         part, names = plain.head[0].partition(".")[0], ", ".join(f"`{n}`" for n in plain.head)
         text += f"""
 The classifier is not in the file ({names}): after loading, set
 `model.{part}` to one of your own and train it.
 """
-    if backbone.divisor > 1:
+    if plain.size:
+        text += f"""
+The library's model takes images of {" x ".join(map(str, plain.size))} voxels alone; medssl
+interpolates the position embeddings for others.
+"""
+    elif backbone.divisor > 1:
         text += f"""
 The library's model answers as medssl's for sizes that are multiples of {backbone.divisor}: medssl
 pads other sizes at the far ends with zeros after normalising, and cuts the features.

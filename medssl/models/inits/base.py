@@ -30,6 +30,8 @@ class LoadReport:
         adapted: (tensor, how) for every tensor that differs from the file's own.
         percent: share of the backbone's tensors that were set.
         sha256: hash of the file's content.
+        origin: ``inflated ImageNet``, ``slice-by-slice ImageNet``, or either after ``from`` where
+            pretraining came in between; empty where nothing was taken from 2D to 3D.
     """
 
     source: str
@@ -39,6 +41,7 @@ class LoadReport:
     adapted: tuple[tuple[str, str], ...] = ()
     percent: float = 0.0
     sha256: str | None = None
+    origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, for JSON."""
@@ -52,6 +55,8 @@ class LoadReport:
         if self.sha256 is None:
             return f"{self.source}: no weights loaded"
         text = f"{self.source}: {self.loaded} tensors loaded ({self.percent:.0f} %)"
+        if self.origin:
+            text += f", {self.origin}"
         if self.adapted:
             text += f", adapted {name_some([name for name, _ in self.adapted])}"
         if self.unexpected:

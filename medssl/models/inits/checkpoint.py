@@ -15,6 +15,7 @@ from medssl.models.checkpoints import (
     read_weights,
 )
 from medssl.models.inits.base import Init, LoadReport, load_strict
+from medssl.models.origin import FROM, beginning, taken_to_3d
 
 
 class Config(ComponentConfig):
@@ -49,9 +50,11 @@ class CheckpointInit(Init):
         )
         source = f"checkpoint {checkpoint_name(path)!r}"
         loaded = load_strict(backbone, read_weights(path, contract), source)
+        origin = taken_to_3d(*beginning(contract.model_dump(mode="json")))
         return LoadReport(
             source=f"{source} ({lineage(contract)})",
             loaded=loaded,
             percent=100.0,
             sha256=contract.weights_sha256,
+            origin=f"{FROM} {origin}" if origin else "",
         )

@@ -19,6 +19,7 @@ from medssl.models.inits._published import (
 )
 from medssl.models.inits._tensor_files import Sha256, read_state
 from medssl.models.inits.base import Init, LoadReport, load_strict
+from medssl.models.origin import taken_to_3d
 
 __all__ = ["Config", "ImagenetInit", "check_hash", "download", "find_weights", "read_state"]
 
@@ -65,6 +66,7 @@ class ImagenetInit(Init):
             adapted=adapted.adapted,
             percent=100.0 * loaded / len(backbone.state_dict()),
             sha256=digest,
+            origin=taken_to_3d("imagenet", backbone.config.name),
         )
 
     def _find(self, weights: ImagenetWeights) -> Path:

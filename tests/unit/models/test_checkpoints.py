@@ -332,6 +332,19 @@ def test_a_contract_of_version_2_tells_the_whole_way(tmp_path):
     assert [stage["weights_sha256"][0] for stage in history_of(found)] == ["e", "d"]
 
 
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("inflated", "inflated ImageNet → rotation → jigsaw"),
+        ("slicewise", "slice-by-slice ImageNet → rotation → jigsaw"),
+        ("torchvision", "imagenet → rotation → jigsaw"),
+    ],
+)
+def test_weights_that_began_at_imagenet_say_how_they_got_to_volumes(tmp_path, family, wanted):
+    found = stored("version_2", tmp_path / "now")
+    assert lineage(found.model_copy(update={"backbone": {"name": family}})) == wanted
+
+
 def test_a_stored_backbone_agrees_with_one_that_has_later_settings(tmp_path):
     check_contract(stored("version_1_first", tmp_path / "old"), backbone=SMALL)
 

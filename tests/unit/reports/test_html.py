@@ -105,9 +105,7 @@ def test_synthetic_data_are_announced_before_anything_else(light_run: Path) -> N
     facts = json.loads((light_run / "data.json").read_text())
     (light_run / "data.json").write_text(json.dumps({**facts, "synthetic": True}))
     text = page(light_run).text
-    assert text.index("Synthetic data prove nothing") < text.index(
-        "Does pretraining on these scans"
-    )
+    assert text.index("Synthetic data prove nothing") < text.index("How well do these weights")
 
 
 def test_test_patients_in_the_pretraining_pool_are_announced(light_run: Path) -> None:

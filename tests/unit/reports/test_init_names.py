@@ -79,13 +79,47 @@ def test_a_2d_backbone_keeps_its_inits_names(finished_run):
             {"continual": "continual (from inflated ImageNet)"},
         ),
         ({"rotation": {"pretext": "rotation"}}, {}),
-        ({"rotation": {"name": "checkpoint", "path": "runs/a"}}, {}),
+        ({"rotation": {"name": "checkpoint", "path": "runs/a"}}, {}),  # nobody says where it began
     ],
 )
 def test_an_init_is_named_by_what_it_loads(inits, wanted):
     assert (
         init_names({"backbone": {"name": "inflated", "backbone": FLAT}, "inits": inits}) == wanted
     )
+
+
+def test_a_checkpoint_is_named_by_where_it_began():
+    config = {"backbone": {"name": "inflated"}, "inits": {"ours": {"name": "checkpoint"}}}
+    reports = {"ours": {"origin": "from inflated ImageNet"}, "random": {"origin": ""}}
+    assert init_names(config, reports) == {"ours": "ours (from inflated ImageNet)"}
+
+
+def test_a_backbone_of_this_run_is_named_by_its_contract():
+    """Of a study that goes on from a checkpoint, and of a run that only pretrains."""
+    earlier = {"init": {"name": "imagenet"}, "pretext": {"name": "rotation"}}
+    contract = {"backbone": {"name": "slicewise"}, "init": {"name": "checkpoint"}}
+    contracts = {"backbone": {**contract, "history": [earlier]}}
+    named = {"backbone": "backbone (from slice-by-slice ImageNet)"}
+    assert init_names({}, None, contracts) == named
+    assert init_names({}, None, {"backbone": {**contract, "history": []}}) == {}
+    config = {"backbone": {"name": "slicewise"}, "init": {"name": "imagenet"}}
+    assert init_names({**config, "pretext": {"name": "rotation"}}) == named
+
+
+def test_the_page_of_a_checkpoint_from_elsewhere_says_the_way(light_run):
+    config = light_run / "config.yaml"
+    before = "{name: timm, variant: efficientnet_lite0}"
+    changed = config.read_text().replace(before, f"{{name: inflated, backbone: {before}}}")
+    config.write_text(changed)
+    file = light_run / "provenance.json"
+    facts = json.loads(file.read_text())
+    facts["inits"]["rotation"] = {"source": "checkpoint 'far'", "origin": "from inflated ImageNet"}
+    file.write_text(json.dumps(facts))
+    contents = read_contents(light_run)
+    name = "rotation (from inflated ImageNet)"
+    assert {row["init"] for row in init_rows(contents)} >= {name}
+    assert name in set(contents.results["init"])
+    assert name in build_report(light_run).read_text(encoding="utf-8")
 
 
 def test_tensors_that_were_adapted_alike_stand_together(light_run):

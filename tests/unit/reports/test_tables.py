@@ -12,6 +12,7 @@ from medssl.reports.tables import (
     labels_saved,
     p_text,
     signed,
+    title,
     verdict_lines,
     verdicts,
 )
@@ -103,6 +104,17 @@ def test_one_labelled_patient_is_not_patients() -> None:
 )
 def test_the_headline_claims_no_more_than_the_comparisons(rows: list[Any], start: str) -> None:
     assert headline(contents(rows)).startswith(start)
+
+
+def test_the_title_asks_what_the_run_can_answer() -> None:
+    results = [{"init": "random"}]
+    assert title(contents([BETTER], results)) == (
+        "Does pretraining on these scans beat ImageNet weights?"
+    )
+    natural = {**BETTER, "init": "random", "pretext": ""}
+    assert title(contents([natural], results)) == "How do other weights compare with ImageNet?"
+    assert title(contents([], results)) == "How well do these weights serve the task?"
+    assert title(contents([])) == "What did pretraining on these scans learn?"
 
 
 def test_without_comparisons_the_headline_says_why() -> None:

@@ -82,7 +82,8 @@ def test_the_report_names_every_inflated_tensor_once_and_how():
         "; inflated: 3 x 3 spread over 3 slices, divided by 3"
     )
     assert how["net.net.blocks.0.0.conv_pw.weight"] == "inflated: 1 x 1 in one slice"
-    assert "adapted net.net.conv_stem.weight, " in str(report)
+    assert report.origin == "inflated ImageNet"
+    assert " (100 %), inflated ImageNet, adapted net.net.conv_stem.weight, " in str(report)
     assert f" and {len(how) - 4} more, head left out" in str(report)
 
 

@@ -55,6 +55,54 @@ def test_torchvision_loads_the_file_strictly_and_answers_alike(
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize(
+    ("variant", "node"),
+    [pytest.param("vit_b_16", "encoder.ln", marks=pytest.mark.slow), ("swin_t", "norm")],
+)
+def test_torchvision_loads_transformers_strictly_and_finds_the_same_tokens(
+    tmp_path: Path, variant: str, node: str, in_channels: int
+) -> None:
+    from torchvision import models
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    backbone = make_backbone({"name": "torchvision", "variant": variant}, in_channels)
+    file, facts = exported(tmp_path, backbone)
+    model = models.get_model(variant)
+    part = facts["head_left_out"][0].partition(".")[0]
+    assert part == {"vit_b_16": "heads", "swin_t": "head"}[variant]
+    setattr(model, part, nn.Identity())
+    model.load_state_dict(load_file(file), strict=True)
+    images = torch.rand(1, in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = create_feature_extractor(model.eval(), [node])(grey_in_colour(images))[node]
+        wanted = backbone(images)[-1]
+    tokens = found[:, 1:] if variant == "vit_b_16" else found.flatten(1, 2)
+    torch.testing.assert_close(tokens.mT, wanted.flatten(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_usage_of_a_vision_transformer_finds_the_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchvision's own answer is the class token, which is another thing."""
+    backbone = make_backbone({"name": "torchvision", "variant": "vit_b_16"})
+    exported(tmp_path, backbone)
+    usage = StateDict().usage(make_subject(backbone))
+    assert "`model(x)` is the class token, and medssl's embedding is the mean of the" in usage
+    assert "takes images of 224 x 224 voxels alone" in usage
+    blocks = [block.partition("```")[0] for block in usage.split("```python\n")[1:]]
+    names = {"images": torch.rand(1, 1, 224, 224, generator=torch.Generator().manual_seed(0))}
+    monkeypatch.chdir(tmp_path)
+    Path("use.py").write_text("\n".join([blocks[0], "model.eval()", *blocks[1:]]))
+    made = runpy.run_path("use.py", init_globals=names)
+    with torch.no_grad():
+        wanted = backbone.embed(names["images"])
+        class_token = made["model"](made["x"])
+    torch.testing.assert_close(made["embedding"].detach(), wanted, rtol=1e-4, atol=1e-4)
+    assert float((class_token - wanted).abs().max()) > 0.1
+
+
 def test_a_stem_with_an_inside_channel_becomes_one_of_three_channels(tmp_path: Path) -> None:
     from torchvision import models
 
