@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import socket
@@ -340,6 +341,7 @@ def test_a_crop_larger_than_the_scans_with_rotation_and_the_way_on(
 def test_the_first_plan_counts_patients_and_cells_and_leaves_nothing_behind(
     command: Command, config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    importlib.import_module("torch._inductor.runtime")  # makes a cache when it is first imported
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     file = config(workspace=str(tmp_path / "workspace"))
