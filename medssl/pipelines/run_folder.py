@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from medssl.atomic import atomic_write
-from medssl.config import Config
+from medssl.config import Config, validate_config
 from medssl.errors import ConfigError, DataError, MachineError
 from medssl.provenance import git_commit, machine, package_versions
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
@@ -42,7 +42,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, command: str, *, resume: bool = False) -> None:
         self.path = path
         check_same_config(path, config, resume=resume)
-        same = _read_config(path) == yaml.safe_load(config.to_yaml())
+        same = _read_config(path, type(config)) == yaml.safe_load(config.to_yaml())
         atomic_write(path / _CONFIG, config.to_yaml())
         previous = _read_json(path / _PROVENANCE) if same else {}
         self._provenance: dict[str, Any] = {
@@ -114,7 +114,7 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
                 f"there is no run to resume in {path.name!r}. Leave out --resume to start one."
             )
         return
-    found = _read_config(path)
+    found = _read_config(path, type(config))
     wanted = yaml.safe_load(config.to_yaml())
     if found != wanted and (resume or _has_results(path)):
         readable = isinstance(found, dict)
@@ -160,11 +160,18 @@ def _has_results(path: Path) -> bool:
     )
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, kind: type[Config]) -> Any:
+    """Return a run's configuration; settings that are newer than it have their defaults."""
     try:
-        return yaml.safe_load((path / _CONFIG).read_text(encoding="utf-8"))
+        content = yaml.safe_load((path / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return None
+    if not isinstance(content, dict):
+        return content
+    try:
+        return yaml.safe_load(validate_config(content, kind).to_yaml())
+    except ConfigError:
+        return content
 
 
 def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:

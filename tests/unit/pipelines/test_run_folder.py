@@ -109,6 +109,15 @@ def test_resuming_takes_no_other_config_even_without_results(tmp_path: Path):
         RunFolder(tmp_path, Small(seed=1), "medssl study", resume=True)
 
 
+def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path: Path):
+    RunFolder(tmp_path, Small(), "medssl study")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("name: small\nseed: 0\ntraining: {steps: 10}\n")
+    check_same_config(tmp_path, Small(), resume=True)
+    with pytest.raises(ConfigError, match=r"training\.rate was 0\.1, is 0\.2"):
+        check_same_config(tmp_path, Small(training=Training(rate=0.2)), resume=True)
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "run").write_text("")
     with pytest.raises(MachineError) as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from medssl.training.network import Network
+from medssl.models.backbones import BACKBONES
+from medssl.models.build import build_backbone
+from medssl.models.inits import INITS
+from medssl.training.network import Network, build_network
 from medssl.training.optimization import (
     OptimizationConfig,
     build_optimizer,
     learning_rate_share,
     set_learning_rates,
+    stages_of_parameters,
 )
 from training import pretext_task, tiny_backbone
 
@@ -117,3 +122,64 @@ def test_sgd_has_nesterov_momentum(network: Network):
     optimizer = build_optimizer(network, OptimizationConfig(optimizer="sgd"))
     assert isinstance(optimizer, torch.optim.SGD)
     assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(0.9, True)}
+
+
+def test_rates_fall_from_stage_to_stage_towards_the_input(network: Network):
+    config = OptimizationConfig(layer_decay=0.5, learning_rate=0.1)
+    optimizer = build_optimizer(network, config)
+    set_learning_rates(optimizer, 0, 10, config)
+    rate = {
+        name: next(
+            group["lr"] for group in optimizer.param_groups if any(p is q for q in group["params"])
+        )
+        for name, p in network.named_parameters()
+    }
+    stages = stages_of_parameters(network.backbone)
+    last = len(network.backbone.stages) - 1
+    assert set(stages.values()) == set(range(last + 1))
+    for name, stage in stages.items():
+        assert rate[f"backbone.{name}"] == pytest.approx(0.1 * 0.5 ** (last - stage)), name
+    assert all(rate[f"head.{name}"] == 0.1 for name, _ in network.head.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BACKBONES.config_class("torchvision")(variant="resnet18"),
+        BACKBONES.config_class("timm")(variant="efficientnet_lite0"),
+        BACKBONES.config_class("monai")(variant="resnet", depth=10, spatial_dims=3),
+    ],
+    ids=lambda config: config.name,
+)
+def test_a_parameter_belongs_to_the_first_stage_that_feels_it(config: Any):
+    backbone, _ = build_backbone(config, INITS.config_class("random")(), in_channels=1, seed=0)
+    backbone.train()
+    before = torch.get_rng_state()
+    stages = stages_of_parameters(backbone)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert backbone.training
+    assert list(stages) == [name for name, _ in backbone.named_parameters()]
+    assert sorted(set(stages.values())) == list(range(len(backbone.stages)))
+    numbers = list(stages.values())
+    assert numbers[0] == 0
+    assert numbers[-1] == len(backbone.stages) - 1
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_each_optimizer_lowers_the_loss(name: Any):
+    network = build_network(tiny_backbone(2), pretext_task("rotation", 2), seed=0)
+    config = OptimizationConfig(
+        optimizer=name, learning_rate={"adamw": 1e-3, "sgd": 1e-3, "lars": 0.5}[name]
+    )
+    optimizer = build_optimizer(network, config)
+    images = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (network.backbone(images)[-1] ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert ("Lars" in type(optimizer).__name__) == (name == "lars")
