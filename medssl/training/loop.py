@@ -11,16 +11,16 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from medssl.errors import ConfigError, DivergedError, MachineError
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import seeded_construction
 from medssl.randomness import torch_generator
+from medssl.training.feed import FeedConfig, feed
 from medssl.training.optimization import OptimizationConfig, build_optimizer, set_learning_rates
 from medssl.training.state import TrainingState
 from medssl.transforms.augmentation import AugmentationConfig, augment
-from medssl.transforms.sampling import CropSampler, Sample
+from medssl.transforms.sampling import CropSampler, Sample, Share
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +46,7 @@ class Objective(Protocol):
     def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]: ...
 
 
-class TrainingConfig(OptimizationConfig):
+class TrainingConfig(OptimizationConfig, FeedConfig):
     """How long and on what to train.
 
     Attributes:
@@ -219,16 +219,16 @@ def _train(
 ) -> None:
     meter = Meter()
     tried = rejected = 0
-    for read in _read_ahead(sampler, state.step, config, device):
+    share = Share(config.global_batch_size)
+    for read in feed(sampler, state.step, config.steps, share, config, device):
         step = state.step
         rate = set_learning_rates(state.optimizer, step, config.steps, config)
         state.network.train()
-        sample = read.to(device, non_blocking=True)
         generator = torch_generator(seed, "step", step, device=device)
         images, masks = augment(
-            sample.images, sample.masks, augmentation, generator, sampler.request.axes
+            read.images, read.masks, augmentation, generator, sampler.request.axes
         )
-        sample = replace(sample, images=images, masks=masks)
+        sample = replace(read, images=images, masks=masks)
         batch = objective.batch_of(sample, generator)  # the label is drawn last
         with autocast(config, device):
             output = state.network(batch)
@@ -277,19 +277,3 @@ def _check_weights(state: TrainingState) -> None:
         raise DivergedError(
             f"weights of the network are not finite after step {state.step}. {_REMEDY}"
         )
-
-
-def _read_ahead(
-    sampler: CropSampler, start: int, config: TrainingConfig, device: torch.device
-) -> Iterator[Sample]:
-    """Yield the samples of the steps still to do, read by workers where configured."""
-    dataset = sampler.as_dataset(start, config.steps, config.global_batch_size)
-    loader: DataLoader[Sample] = DataLoader(
-        dataset,
-        batch_size=None,
-        shuffle=False,
-        num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=False,
-    )
-    return iter(loader)

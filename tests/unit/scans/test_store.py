@@ -68,7 +68,7 @@ def test_descriptions_in_memory_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medssl.scans.store._KEPT_ENTRIES", 2)
-    store = make_store(tmp_path, {key: IMAGE for key in ("a1", "b1", "c1")})
+    store = make_store(tmp_path, dict.fromkeys(("a1", "b1", "c1"), IMAGE))
     found = [store.entry(key) for key in ("a1", "b1", "c1", "a1")]
     assert len(store._loaded) == 2
     assert found[0] == found[3]
