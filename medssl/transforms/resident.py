@@ -95,7 +95,8 @@ class ResidentScans:
         image_CS: Array = store.read(entry.scan_key)
         if request.min_foreground:
             threshold = np.float16(entry.foreground_threshold)
-            self._foreground[entry.scan_key] = (image_CS > threshold).any(axis=0, keepdims=True)
+            foreground_S = np.any(image_CS > threshold, axis=0)
+            self._foreground[entry.scan_key] = foreground_S[np.newaxis]
         kept = image_CS
         if self.dtype == "uint8":
             kept = np.rint(image_CS.astype(np.float32) * _LEVELS).clip(0, _LEVELS)

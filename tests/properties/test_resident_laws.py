@@ -111,3 +111,14 @@ def test_the_memory_is_as_stated(store: Store) -> None:
     assert resident_bytes(sampler, "float16") == resident._images.nbytes + resident._masks.nbytes
     plain = CropSampler(store, store.scan_keys, replace(request, mask=None), 0, "p")
     assert resident_bytes(plain, "uint8") == ResidentScans(plain, "uint8", CPU)._images.nbytes
+
+
+def test_gathering_asks_the_device_for_no_value(store: Store) -> None:
+    """A tensor of the meta device has none, so that asking for one would raise."""
+    request = SampleRequest(2, (4, 5), "axial", 1, min_foreground=0.2, mask="organ")
+    sampler = CropSampler(store, store.scan_keys, request, 0, "p")
+    sample = ResidentScans(sampler, "float16", torch.device("meta")).batch(0, 3)
+    assert sample.masks is not None
+    assert sample.images.device.type == sample.masks.device.type == "meta"
+    assert (sample.images.shape, sample.masks.shape) == ((3, 3, 4, 5), (3, 4, 5))
+    assert (sample.images.dtype, sample.masks.dtype) == (torch.float32, torch.int64)

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from medssl.errors import ConfigError, DataError, MachineError, RejectedScan
 from medssl.scans.store import Store
-from medssl.training.feed import FeedConfig, feed, lives_on_device
+from medssl.training.feed import FeedConfig, _ahead, feed, lives_on_device
 from medssl.transforms.resident import resident_bytes
 from medssl.transforms.sample import Sample, Share
 from medssl.transforms.sampling import CropSampler, SampleRequest
@@ -256,6 +256,63 @@ def test_auto_asks_for_budget_and_for_free_memory(
 def test_scans_that_must_live_on_the_device_and_do_not_fit_are_refused(store: Store) -> None:
     with pytest.raises(ConfigError, match=r"the 4 scans take .* GB as uint8.*Raise resident_gb"):
         fed(store, 0, 1, resident="always", resident_gb=1e-6, resident_dtype="uint8")
+
+
+class FakeStream:
+    """Stands for a stream of a GPU: writes down what is asked of it."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+
+class FakeTensor:
+    is_cuda = False
+    ready = False
+
+    def __init__(self, number: int, told: list[str]) -> None:
+        self.number, self.told = number, told
+
+    def is_pinned(self) -> bool:
+        return self.ready
+
+    def pin_memory(self) -> "FakeTensor":
+        self.ready = True
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> "FakeTensor":
+        assert (self.ready, non_blocking, device.type) == (True, True, "cuda")
+        self.told.append(f"copy {self.number}")
+        return self
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.told.append(f"{self.number} is used by {stream.name}")
+
+
+def test_the_next_batch_is_copied_after_the_step_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    side, step = FakeStream("side", told), FakeStream("step", told)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    samples = iter([Sample(FakeTensor(n, told), None) for n in (0, 1)])  # type: ignore[arg-type]
+    for sample in _ahead(samples, torch.device("cuda")):
+        told.append(f"queue step {sample.images.number}")  # type: ignore[attr-defined]
+    assert told == [
+        "side waits for step",
+        "copy 0",
+        "step waits for side",
+        "0 is used by step",
+        "queue step 0",
+        "copy 1",
+        "step waits for side",
+        "1 is used by step",
+        "queue step 1",
+    ]
 
 
 @pytest.mark.gpu
