@@ -224,19 +224,19 @@ class CropSampler:
 
     def read(self, entry: Entry, region: Region, mask: str | None = None) -> Array:
         """Return a region of an image, or of a mask, from memory or from the store."""
-        whole = self.cache.get(entry.scan_key, mask, lambda: self._decode(entry.scan_key, mask))
+        whole = self.cache.get(entry.scan_key, mask, lambda: self._from_store(entry.scan_key, mask))
         if whole is None:
             whole = self._whole(entry, mask)
         if whole is not None:
             inside: Any = (..., *region)
             part: Array = whole[inside]
             return part
-        if mask is None:
-            return self.store.read(entry.scan_key, region)
-        return self.store.read_mask(entry.scan_key, mask, region)
+        return self._from_store(entry.scan_key, mask, region)
 
-    def _decode(self, scan_key: str, mask: str | None) -> Array:
-        return self.store.read(scan_key) if mask is None else self.store.read_mask(scan_key, mask)
+    def _from_store(self, scan_key: str, mask: str | None, region: Region | None = None) -> Array:
+        if mask is None:
+            return self.store.read(scan_key, region)
+        return self.store.read_mask(scan_key, mask, region)
 
     def _whole(self, entry: Entry, mask: str | None) -> Array | None:
         """Return the scan that this visit is at, decoded whole, where its crops are worth it."""
@@ -245,7 +245,9 @@ class CropSampler:
         if (entry.scan_key, mask) not in self._held:
             if any(scan_key != entry.scan_key for scan_key, _ in self._held):
                 self._held.clear()
-            self._held[entry.scan_key, mask] = self._decode(entry.scan_key, mask)
+            # Asked for as a region: checked as the crops are that it stands for, by its length.
+            full: Region = tuple(slice(0, size) for size in entry.shape)
+            self._held[entry.scan_key, mask] = self._from_store(entry.scan_key, mask, full)
         return self._held[entry.scan_key, mask]
 
     def _worth_decoding(self, entry: Entry) -> bool:

@@ -273,7 +273,8 @@ def test_a_scan_is_decoded_once_for_the_crops_of_a_visit(
 
     monkeypatch.setattr(Store, "read", spy)
     sample = sampler(store, cache_bytes=0, crops_per_scan=4).batch(0, 8)
-    assert asked == [(sample.scan_keys[0], None), (sample.scan_keys[4], None)]
+    whole = tuple(slice(0, size) for size in SHAPE)
+    assert asked == [(sample.scan_keys[0], whole), (sample.scan_keys[4], whole)]
 
 
 def test_small_crops_of_a_large_scan_are_read_one_by_one(
