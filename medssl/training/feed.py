@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ _SPARED = 0.5
 """Share of the device's free memory that ``auto`` leaves to the network and its activations."""
 
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where Linux keeps what workers hand over)
+
+
+_ENDING_SECONDS = 2.0
 
 
 class FeedConfig(Config):
@@ -229,13 +233,22 @@ def _received(iterator: Iterator[Any], config: FeedConfig) -> Iterator[Sample]:
             sample = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise MachineError(_killed(config)) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            if str(error).startswith("DataLoader worker") or _one_has_ended(iterator):
+                raise MachineError(_killed(config)) from None
+            raise
         if isinstance(sample, _Refusal):
             raise pickle.loads(sample.pickled)  # noqa: S301  (our own worker's)
         yield sample
+
+
+def _one_has_ended(iterator: Iterator[Any]) -> bool:
+    """Return whether a worker is no more, whose batch can then not be fetched.
+
+    The connection breaks a moment before the process counts as ended.
+    """
+    sentinels = [worker.sentinel for worker in iterator._workers]  # type: ignore[attr-defined]
+    return bool(connection.wait(sentinels, _ENDING_SECONDS))
 
 
 def _killed(config: FeedConfig) -> str:

@@ -156,10 +156,12 @@ def test_a_mistake_of_ours_keeps_its_traceback(
         fed(store, 0, 2, num_workers=1)
 
 
-def test_a_killed_worker_is_said_with_what_to_do(store: Store) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.3])  # with batches under way, and without
+def test_a_killed_worker_is_said_with_what_to_do(store: Store, seconds: float) -> None:
     config = FeedConfig(num_workers=2)
     samples = feed(sampler(store), 0, 1000, Share(4), config, CPU)
     next(samples)
+    time.sleep(seconds)
     for worker in multiprocessing.active_children():
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
