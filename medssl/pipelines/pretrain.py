@@ -453,7 +453,7 @@ def earlier_contract(init: ComponentConfig) -> Contract | None:
 def scans_of(store: Store, patients: Sequence[str]) -> list[str]:
     """Return the prepared scans of some patients."""
     wanted = set(patients)
-    return [key for key in store.scan_keys if store.entry(key).patient_key in wanted]
+    return [key for key in store.scan_keys if store.listed(key).patient_key in wanted]
 
 
 def _note(task: PretextTask, metrics: dict[str, float], states: str) -> str:

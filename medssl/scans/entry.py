@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,23 @@ class Entry:
             raw[name] = tuple(tuple(row) for row in raw[name])
         raw["files"] = {name: (size, digest) for name, (size, digest) in raw["files"].items()}
         return cls(**raw)
+
+
+def entry_of_row(row: Mapping[str, Any]) -> Entry:
+    """Return the entry of a row of the store's table, which has no counts and no files."""
+    affine = [float(number) for number in row["affine"]]
+    return Entry(
+        address=str(row["address"]),
+        scan_key=str(row["scan_key"]),
+        patient_key=str(row["patient_key"]),
+        dims=str(row["dims"]),
+        channels=int(row["channels"]),
+        shape=tuple(int(size) for size in row["shape"]),
+        affine=tuple(tuple(affine[start : start + 4]) for start in range(0, len(affine), 4)),
+        spacing_mm=tuple(float(mm) for mm in row["spacing_mm"]),
+        foreground_threshold=float(row["foreground_threshold"]),
+        masks=tuple(str(name) for name in row["masks"]),
+    )
 
 
 def content_address(scan_digest: str, preprocessing_digest: str, masks: Mapping[str, str]) -> str:

@@ -29,7 +29,7 @@ import pandas as pd
 
 from medssl.atomic import atomic_write, disk_errors
 from medssl.errors import DataError
-from medssl.scans.entry import FORMAT, Entry, content_address
+from medssl.scans.entry import FORMAT, Entry, content_address, entry_of_row
 
 __all__ = ["Entry", "Region", "Store", "content_address"]
 
@@ -38,6 +38,9 @@ Region = tuple[slice, ...]
 _CHUNKS = {2: (256, 256), 3: (64, 64, 64)}
 _BLOCKS = {2: (64, 64), 3: (32, 32, 32)}
 """Voxels per axis: one block is decompressed at a time, so a slice in any plane touches few."""
+
+_KEPT_ENTRIES = 4096
+"""Descriptions held in memory, of some 10 kB each; the oldest one makes place."""
 
 _REDO = "Prepare the store again: only what is damaged or missing is made anew."
 
@@ -112,30 +115,45 @@ class Store:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
-    def _addresses(self) -> dict[str, str]:
+    def _listed(self) -> dict[str, Entry]:
+        columns = [name for name in Entry.__dataclass_fields__ if name in self.entries.columns]
+        rows = zip(*(self.entries[name].tolist() for name in columns), strict=True)
         return {
-            str(key): str(address)
-            for key, address in zip(self.entries["scan_key"], self.entries["address"], strict=True)
+            entry.scan_key: entry
+            for entry in (entry_of_row(dict(zip(columns, row, strict=True))) for row in rows)
         }
 
+    def listed(self, scan_key: str) -> Entry:
+        """Return what the table of all scans says of one: no file of the scan is opened.
+
+        Its ``foreground_counts`` are empty and its ``files`` are None; `entry` has them.
+
+        Raises:
+            DataError: the scan is not in the store.
+        """
+        if scan_key not in self._listed:
+            raise DataError(
+                f"scan {scan_key} is not in the store of {len(self._listed)} scans. "
+                "Prepare the store from the index that lists it."
+            )
+        return self._listed[scan_key]
+
     def entry(self, scan_key: str) -> Entry:
-        """Return what is known of one scan.
+        """Return all that is known of one scan, from its own description.
 
         Raises:
             DataError: the scan is not in the store, or its description is damaged.
         """
         if scan_key not in self._loaded:
-            address = self._addresses.get(scan_key)
-            if address is None:
-                raise DataError(
-                    f"scan {scan_key} is not in the store of {len(self._addresses)} scans. "
-                    "Prepare the store from the index that lists it."
-                )
+            address = self.listed(scan_key).address
             try:
                 text = (self._scan_folder(address) / "entry.json").read_text(encoding="utf-8")
-                self._loaded[scan_key] = Entry.from_json(text)
+                entry = Entry.from_json(text)
             except (OSError, ValueError, TypeError, KeyError):
                 raise _damaged(scan_key, "its description cannot be read") from None
+            if len(self._loaded) >= _KEPT_ENTRIES:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[scan_key] = entry
         return self._loaded[scan_key]
 
     def has(self, address: str) -> bool:
@@ -288,7 +306,10 @@ class Store:
         entry = self.entry(scan_key)
         path = self._scan_folder(entry.address) / name
         written, digest = (entry.files or {}).get(name, (-1, ""))
-        found = path.stat().st_size if path.is_file() else 0
+        try:
+            found = path.stat().st_size
+        except OSError:
+            found = 0
         if found != written:  # before blosc2 sees it: it trusts the lengths inside the file
             raise _damaged(scan_key, f"{name} has {found} bytes, {written} were written")
         if region is None and _sha256(path) != digest:  # a whole read can afford to look at it all
@@ -306,7 +327,7 @@ class Store:
 
     def _forget(self) -> None:
         self._loaded.clear()
-        for name in ("entries", "digest", "_addresses"):
+        for name in ("entries", "digest", "_listed"):
             self.__dict__.pop(name, None)
 
 

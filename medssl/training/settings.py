@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from medssl.errors import ConfigError
+from medssl.training.feed import FeedConfig
 from medssl.training.optimization import OptimizationConfig
 
 
-class TrainingConfig(OptimizationConfig):
+class TrainingConfig(OptimizationConfig, FeedConfig):
     """How long and on what to train.
 
     Attributes:
@@ -27,7 +28,6 @@ class TrainingConfig(OptimizationConfig):
             backward pass (gradient checkpointing): less memory, about a third more time.
         sync_batch_norm: batch norms see the images of all processes at once (GPUs alone). None:
             where a process has fewer than 16 of them.
-        num_workers: processes that read crops; 0 reads in the training process.
         log_every: steps between two lines of the journal; also how often values are checked.
         validate_every: steps between two validations; 0 for the last step alone.
         checkpoint_every: steps between two training states; 0 for the last step alone.
@@ -43,7 +43,6 @@ class TrainingConfig(OptimizationConfig):
     compile: bool = False
     recompute: bool = False
     sync_batch_norm: bool | None = None
-    num_workers: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, gt=0)
     validate_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=0, ge=0)

@@ -6,22 +6,23 @@ The sampler knows requests, never tasks. A batch is a function of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from medssl.errors import DataError
 from medssl.randomness import numpy_generator
 from medssl.scans.store import Entry, Region, Store
 from medssl.transforms.requests import Plane, SampleRequest
+from medssl.transforms.sample import Batches, Sample, Share
+from medssl.transforms.scan_cache import ScanCache
 
-__all__ = ["CropSampler", "Plane", "Sample", "SampleRequest"]
+__all__ = ["CropSampler", "Draw", "Plane", "Sample", "SampleRequest", "Share"]
 
 Array = npt.NDArray[Any]
 
@@ -30,59 +31,25 @@ MAX_TRIES = 20
 
 CACHE_BYTES = 1 << 30
 
+_BLOCK = 32
+"""Voxels per axis that the store decompresses together in 3D; only costs depend on it."""
+
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of every global batch one process computes.
-
-    The global batch of a step is ``num_micro_batches`` micro batches; rank r of n computes numbers
-    r, r + n, and so on.
-    """
-
-    global_batch_size: int
-    num_micro_batches: int = 1
-    rank: int = 0
-    num_ranks: int = 1
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images of one micro batch."""
-        return self.global_batch_size // self.num_micro_batches
-
-
-@dataclass
-class Sample:
-    """A batch of crops.
+class Draw:
+    """Where one crop of the stream lies.
 
     Attributes:
-        images: (B, C, *S) float32 in [0, 1].
-        masks: (B, *S) int64, or None when the request names no mask.
-        scan_keys: the scan of each crop.
-        rejected: crops thrown away for too little foreground while this batch was made.
-        step: of the training that the crops are for; else the number of the batch.
-        part: of which micro batch of the step.
+        entry: the scan, as the store's table lists it.
+        region: one slice for each of the scan's axes.
+        crop_CS: what was looked at there.
+        rejected: regions drawn before it that held too little foreground.
     """
 
-    images: Tensor
-    masks: Tensor | None
-    scan_keys: list[str] = field(default_factory=list)
-    rejected: int = 0
-    step: int = 0
-    part: int = 0
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sample:
-        """Return the batch on a device."""
-        masks = self.masks
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            masks=None if masks is None else masks.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Sample:
-        """Return the batch in page-locked memory; DataLoader calls this."""
-        masks = None if self.masks is None else self.masks.pin_memory()
-        return replace(self, images=self.images.pin_memory(), masks=masks)
+    entry: Entry
+    region: Region
+    crop_CS: Array
+    rejected: int
 
 
 class CropSampler:
@@ -94,8 +61,11 @@ class CropSampler:
         request: what each sample must be.
         seed: the study's seed.
         purpose: names the stream, for example ``"train"``.
-        cache_bytes: memory for decoded scans, shared by all workers of a loader. Scans are kept
-            until it is full; the others are read crop by crop.
+        cache_bytes: memory for decoded scans, shared with all forked workers. As many scans are
+            kept as fit; the others are read crop by crop.
+        crops_per_scan: consecutive crops of the stream that each visit of a scan gives. With more
+            than one, a scan that is not kept is decoded once for all of them, where that is the
+            cheaper way. A batch of B crops then comes from about B / crops_per_scan scans.
 
     Raises:
         DataError: there are no scans, or one cannot answer the request.
@@ -110,6 +80,7 @@ class CropSampler:
         purpose: str,
         *,
         cache_bytes: int = CACHE_BYTES,
+        crops_per_scan: int = 1,
     ) -> None:
         if not scan_keys:
             raise DataError(f"there are no scans to sample for {purpose!r}.")
@@ -119,38 +90,55 @@ class CropSampler:
         self.seed = seed
         self.purpose = purpose
         self.cache_bytes = cache_bytes
+        self.crops_per_scan = crops_per_scan
         for scan_key in self.scan_keys:
-            request.check(store.entry(scan_key))
-        self._cache: dict[tuple[str, str | None], Array] = {}
-        self._cached_bytes = 0
+            request.check(store.listed(scan_key))
+        self._caches: dict[int, ScanCache] = {}
+        self._held: dict[tuple[str, str | None], Array] = {}
+        self._choices: dict[str, Array] = {}
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}, "_cached_bytes": 0}
+        return {**self.__dict__, "_caches": {}, "_held": {}}
+
+    def reading(self, *, cache_bytes: int, crops_per_scan: int) -> CropSampler:
+        """Return this sampler with other settings of reading; scans kept in memory stay kept."""
+        sampler = copy.copy(self)
+        sampler.cache_bytes, sampler.crops_per_scan = cache_bytes, crops_per_scan
+        sampler._caches = self._caches
+        sampler._held = {}
+        return sampler
+
+    @property
+    def cache(self) -> ScanCache:
+        """The decoded scans. Ask for it before workers are forked, so that they share it."""
+        if self.cache_bytes not in self._caches:
+            self._caches.clear()  # the memory of another budget is given back first
+            entries = [self.store.listed(scan_key) for scan_key in self.scan_keys]
+            self._caches[self.cache_bytes] = ScanCache(entries, self.request.mask, self.cache_bytes)
+        return self._caches[self.cache_bytes]
 
     def batch(self, step: int, size: int) -> Sample:
         """Return batch number ``step`` of ``size`` crops.
 
-        Crop number ``step * size + i`` of the stream is the same whoever asks; so rank r of n
-        processes takes ``batch(step * n + r, size)``.
+        Crop number ``step * size + i`` of the stream is the same whoever asks.
         """
         request = self.request
         images = np.zeros((size, request.in_channels, *request.crop_size), np.float32)
         masks = np.zeros((size, *request.crop_size), np.int64) if request.mask else None
         keys, rejected = [], 0
         for i in range(size):
-            position = step * size + i
-            entry = self.store.entry(self._scan_key(position))
-            region, crop_CS, rejected_here = self._crop(entry, position)
+            draw = self.draw(step * size + i, self._look)
             inside: tuple[slice, ...] = tuple(
                 slice((wanted - found) // 2, (wanted - found) // 2 + found)
-                for wanted, found in zip(request.crop_size, crop_CS.shape[1:], strict=True)
+                for wanted, found in zip(request.crop_size, draw.crop_CS.shape[1:], strict=True)
             )
-            images[i][(slice(None), *inside)] = crop_CS
+            images[i][(slice(None), *inside)] = draw.crop_CS
             if masks is not None:
-                masks[i][inside] = self._mask(entry, region)
-            keys.append(entry.scan_key)
-            rejected += rejected_here
+                mask_S = self.read(draw.entry, draw.region, request.mask)
+                masks[i][inside] = drop_slice_axis(mask_S, request.kept_axes(draw.entry))
+            keys.append(draw.entry.scan_key)
+            rejected += draw.rejected
         return Sample(
             torch.from_numpy(images),
             None if masks is None else torch.from_numpy(masks),
@@ -159,37 +147,49 @@ class CropSampler:
             step,
         )
 
-    def as_dataset(self, start: int, stop: int, share: Share) -> Dataset[Sample]:
-        """Return the crops of steps ``start`` to ``stop`` that fall to one process, in order.
+    def as_dataset(self, start_step: int, stop_step: int, share: Share) -> Batches:
+        """Return the micro batches that one process computes in some steps, in order.
 
         Use it with ``DataLoader(..., batch_size=None, num_workers=n)``.
         """
-        return _Batches(self, start, stop, share)
+        return Batches(self.batch, start_step, stop_step, share)
+
+    def draw(self, position: int, look: Callable[[Entry, Region], Array]) -> Draw:
+        """Draw crop number ``position`` of the stream: a scan, and a region of it.
+
+        Args:
+            position: in the stream.
+            look: returns what is in a region, (C, *S): voxels, or where they are foreground.
+        """
+        entry = self.store.listed(self._scan_key(position))
+        generator = numpy_generator(self.seed, self.purpose, "crop", position)
+        best_fraction = -1.0
+        best: Draw | None = None
+        for rejected in range(MAX_TRIES):
+            region = self._draw_region(entry, generator)
+            draw = Draw(entry, region, look(entry, region), rejected)
+            if not self.request.min_foreground:
+                return draw
+            crop_CS = draw.crop_CS
+            if crop_CS.dtype != np.bool_:
+                crop_CS = crop_CS > np.float16(entry.foreground_threshold)
+            fraction = float(crop_CS.any(axis=0).mean())
+            if fraction >= self.request.min_foreground:
+                return draw
+            if best is None or fraction > best_fraction:
+                best_fraction, best = fraction, draw
+        return replace(best or draw, rejected=MAX_TRIES - 1)
 
     def _scan_key(self, position: int) -> str:
-        epoch, index = divmod(position, len(self.scan_keys))
+        visit = position // self.crops_per_scan
+        epoch, index = divmod(visit, len(self.scan_keys))
         if self._order[0] != epoch:
             generator = numpy_generator(self.seed, self.purpose, "epoch", epoch)
             self._order = (epoch, generator.permutation(len(self.scan_keys)).tolist())
         return self.scan_keys[self._order[1][index]]
 
-    def _crop(self, entry: Entry, position: int) -> tuple[Region, Array, int]:
-        generator = numpy_generator(self.seed, self.purpose, "crop", position)
-        best_fraction = -1.0
-        best_region: Region = ()
-        best_crop: Array = np.empty(0)
-        for rejected in range(MAX_TRIES):
-            region = self._draw_region(entry, generator)
-            crop_CS = cut_image(self.read, self.request, entry, region)
-            if not self.request.min_foreground:
-                return region, crop_CS, rejected
-            threshold = np.float16(entry.foreground_threshold)
-            fraction = float((crop_CS > threshold).any(axis=0).mean())
-            if fraction >= self.request.min_foreground:
-                return region, crop_CS, rejected
-            if fraction > best_fraction:
-                best_fraction, best_region, best_crop = fraction, region, crop_CS
-        return best_region, best_crop, MAX_TRIES - 1
+    def _look(self, entry: Entry, region: Region) -> Array:
+        return cut_image(self.read, self.request, entry, region)
 
     def _draw_region(self, entry: Entry, generator: np.random.Generator) -> Region:
         kept = self.request.kept_axes(entry)
@@ -208,68 +208,58 @@ class CropSampler:
 
     def _slices(self, entry: Entry, axis: int) -> Array:
         """Return the slices across an axis that may hold enough foreground; all, if none does."""
-        depth, k = entry.shape[axis], self.request.num_neighbours
-        inner = np.arange(k, depth - k) if depth > 2 * k else np.arange(depth)
-        counts = np.asarray(entry.foreground_counts[axis])[inner]
-        area = 1
-        for wanted, other in zip(
-            self.request.crop_size, self.request.kept_axes(entry), strict=True
-        ):
-            area *= min(wanted, entry.shape[other])
-        enough = inner[counts >= self.request.min_foreground * area]
-        return enough if len(enough) else inner
-
-    def _mask(self, entry: Entry, region: Region) -> Array:
-        mask_S = self.read(entry, region, self.request.mask)
-        return drop_slice_axis(mask_S, self.request.kept_axes(entry))
+        if entry.scan_key not in self._choices:
+            depth, k = entry.shape[axis], self.request.num_neighbours
+            inner = np.arange(k, depth - k) if depth > 2 * k else np.arange(depth)
+            counts = self.store.entry(entry.scan_key).foreground_counts[axis]
+            area = 1
+            for wanted, other in zip(
+                self.request.crop_size, self.request.kept_axes(entry), strict=True
+            ):
+                area *= min(wanted, entry.shape[other])
+            enough = inner[np.asarray(counts)[inner] >= self.request.min_foreground * area]
+            chosen = enough if len(enough) else inner
+            self._choices[entry.scan_key] = chosen.astype(np.int32)
+        return self._choices[entry.scan_key]
 
     def read(self, entry: Entry, region: Region, mask: str | None = None) -> Array:
         """Return a region of an image, or of a mask, from memory or from the store."""
-        whole = self._cached(entry, mask)
+        whole = self.cache.get(entry.scan_key, mask, lambda: self._from_store(entry.scan_key, mask))
+        if whole is None:
+            whole = self._whole(entry, mask)
         if whole is not None:
             inside: Any = (..., *region)
             part: Array = whole[inside]
             return part
+        return self._from_store(entry.scan_key, mask, region)
+
+    def _from_store(self, scan_key: str, mask: str | None, region: Region | None = None) -> Array:
         if mask is None:
-            return self.store.read(entry.scan_key, region)
-        return self.store.read_mask(entry.scan_key, mask, region)
+            return self.store.read(scan_key, region)
+        return self.store.read_mask(scan_key, mask, region)
 
-    def _cached(self, entry: Entry, mask: str | None) -> Array | None:
-        name = (entry.scan_key, mask)
-        if name not in self._cache:
-            size = entry.num_voxels * (2 * entry.channels if mask is None else 1)
-            worker = get_worker_info()
-            budget = self.cache_bytes // (worker.num_workers if worker else 1)
-            if self._cached_bytes + size > budget:
-                return None
-            key = entry.scan_key
-            self._cache[name] = (
-                self.store.read(key) if mask is None else self.store.read_mask(key, mask)
-            )
-            self._cached_bytes += size
-        return self._cache[name]
+    def _whole(self, entry: Entry, mask: str | None) -> Array | None:
+        """Return the scan that this visit is at, decoded whole, where its crops are worth it."""
+        if self.crops_per_scan == 1 or not self._worth_decoding(entry):
+            return None
+        if (entry.scan_key, mask) not in self._held:
+            if any(scan_key != entry.scan_key for scan_key, _ in self._held):
+                self._held.clear()
+            # Asked for as a region: checked as the crops are that it stands for, by its length.
+            full: Region = tuple(slice(0, size) for size in entry.shape)
+            self._held[entry.scan_key, mask] = self._from_store(entry.scan_key, mask, full)
+        return self._held[entry.scan_key, mask]
 
-
-class _Batches(Dataset[Sample]):
-    def __init__(self, sampler: CropSampler, start: int, stop: int, share: Share) -> None:
-        self.sampler, self.share = sampler, share
-        self.numbers = [
-            (step, part)
-            for step in range(start, stop)
-            for part in range(share.rank, share.num_micro_batches, share.num_ranks)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Sample:
-        step, part = self.numbers[index]
-        number = step * self.share.num_micro_batches + part
-        sample = self.sampler.batch(number, self.share.micro_batch_size)
-        return replace(sample, step=step, part=part)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+    def _worth_decoding(self, entry: Entry) -> bool:
+        kept = self.request.kept_axes(entry)
+        sizes = dict(zip(kept, self.request.crop_size, strict=True))
+        one_crop = every = 1
+        for axis, length in enumerate(entry.shape):
+            size = sizes.get(axis, 2 * self.request.num_neighbours + 1)
+            blocks = -(-length // _BLOCK)
+            one_crop *= min(blocks, 1 + -(-(size - 1) // _BLOCK))
+            every *= blocks
+        return self.crops_per_scan * one_crop >= every
 
 
 def cut_image(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import blosc2
@@ -54,6 +55,23 @@ def test_an_entry_keeps_geometry_and_foreground(store: Store) -> None:
     assert list(row["shape"]) == [20, 30, 25]
     assert row["patient_key"] == "a"
     np.testing.assert_array_equal(np.reshape(row["affine"], (4, 4)), np.eye(4))
+
+
+def test_the_table_says_of_a_scan_what_its_description_says(store: Store) -> None:
+    whole = store.entry("a1")
+    assert store.listed("a1") == replace(whole, foreground_counts=(), files=None)
+    with pytest.raises(DataError, match="scan b1 is not in the store of 1 scans"):
+        store.listed("b1")
+
+
+def test_descriptions_in_memory_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medssl.scans.store._KEPT_ENTRIES", 2)
+    store = make_store(tmp_path, dict.fromkeys(("a1", "b1", "c1"), IMAGE))
+    found = [store.entry(key) for key in ("a1", "b1", "c1", "a1")]
+    assert len(store._loaded) == 2
+    assert found[0] == found[3]
 
 
 def test_a_slice_in_any_plane_touches_few_blocks(tmp_path: Path) -> None:

@@ -477,22 +477,15 @@ def test_time_that_is_up_saves_and_ends(store: Store, tmp_path: Path):
 
 def test_a_scan_that_vanishes_saves_and_is_named(tmp_path: Path):
     store = blob_store(tmp_path / "store")
-    training = Training(store, pretext_task("rotation", 2), configured(steps=50))
+    training = Training(store, pretext_task("rotation", 2), configured(steps=50, cache_gb=0))
     state = training.state()
 
     def log(step: int, metrics: dict[str, float]) -> None:
         if step == 2:
             shutil.rmtree(tmp_path / "store" / "scans")
 
-    class Uncached(Training):
-        def sampler(self) -> Any:
-            sampler = super().sampler()
-            sampler.cache_bytes = 0
-            return sampler
-
-    uncached = Uncached(store, training.task, training.config)
     with pytest.raises(DataError, match=r"scan [abcd]1 is damaged in the store") as refused:
-        uncached.run(state, log=log, save=lambda: state.save(tmp_path / "states"))
+        training.run(state, log=log, save=lambda: state.save(tmp_path / "states"))
     assert refused.value.exit_code == 3
     assert [file.name[15:23] for file in saved_states(tmp_path / "states")] == [f"{state.step:08d}"]
 

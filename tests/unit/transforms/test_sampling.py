@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from medssl.errors import DataError
 from medssl.scans.store import Store
-from medssl.transforms.sampling import MAX_TRIES, CropSampler, Sample, SampleRequest
+from medssl.transforms.sampling import MAX_TRIES, CropSampler, Sample, SampleRequest, Share
 from stores import make_store, numbered_volume
 
 SHAPE = (14, 17, 12)
@@ -49,7 +49,7 @@ def find_crop(volume_XYZ: np.ndarray, crop: np.ndarray, plane: str | None) -> tu
 def test_batches_are_the_same_with_any_number_of_workers(store: Store, num_workers: int) -> None:
     request = replace(AXIAL, mask="organ", min_foreground=0.3)
     wanted = [sampler(store, request).batch(step, 3) for step in range(2, 7)]
-    dataset = sampler(store, request).as_dataset(2, 7, 3)
+    dataset = sampler(store, request).as_dataset(2, 7, Share(3))
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     found = list(loader)
     assert len(found) == 5
@@ -223,11 +223,86 @@ def test_crops_read_only_their_region(store: Store, monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_stays_within_its_budget(store: Store) -> None:
-    one = 2 * int(np.prod(SHAPE))
-    steps = sampler(store, cache_bytes=2 * one + 1)
+    aligned = -(-2 * int(np.prod(SHAPE)) // 64) * 64
+    steps = sampler(store, cache_bytes=2 * aligned + 1)
     for step in range(4):
         steps.batch(step, 5)
-    assert len(steps._cache) == 2
+    assert len(steps.cache) == steps.cache.num_filled == 2
+    assert steps.cache.num_bytes <= 2 * aligned
+
+
+@pytest.mark.parametrize("crops_per_scan", [1, 2, 3])
+def test_a_visit_gives_consecutive_crops_and_epochs_visit_each_scan_once(
+    store: Store, crops_per_scan: int
+) -> None:
+    steps = sampler(store, crops_per_scan=crops_per_scan)
+    keys = [key for step in range(10) for key in steps.batch(step, 3).scan_keys]
+    visits = [keys[i : i + crops_per_scan] for i in range(0, 30, crops_per_scan)]
+    assert all(len(set(visit)) == 1 for visit in visits)
+    for epoch in range(len(visits) // 5):
+        assert Counter(v[0] for v in visits[epoch * 5 : epoch * 5 + 5]) == Counter("abcde")
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 5])
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_several_crops_a_scan_are_the_same_from_wherever_one_starts(
+    store: Store, start: int, cache_bytes: int
+) -> None:
+    request = replace(AXIAL, mask="organ", min_foreground=0.3)
+    used = sampler(store, request, crops_per_scan=4, cache_bytes=0)
+    for step in range(start):
+        used.batch(step, 3)
+    fresh = sampler(store, request, crops_per_scan=4, cache_bytes=cache_bytes)
+    assert same(used.batch(start, 3), fresh.batch(start, 3))
+
+
+def test_several_crops_of_a_visit_differ(store: Store) -> None:
+    sample = sampler(store, crops_per_scan=4).batch(0, 4)
+    assert len({image.numpy().tobytes() for image in sample.images}) > 1
+
+
+def test_a_scan_is_decoded_once_for_the_crops_of_a_visit(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    read = Store.read
+
+    def spy(self, scan_key, region=None):
+        asked.append((scan_key, region))
+        return read(self, scan_key, region)
+
+    monkeypatch.setattr(Store, "read", spy)
+    sample = sampler(store, cache_bytes=0, crops_per_scan=4).batch(0, 8)
+    whole = tuple(slice(0, size) for size in SHAPE)
+    assert asked == [(sample.scan_keys[0], whole), (sample.scan_keys[4], whole)]
+
+
+def test_small_crops_of_a_large_scan_are_read_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path, {"a1": np.ones((160, 8, 8), np.float16)})
+    regions = []
+    read = Store.read
+
+    def spy(self, scan_key, region=None):
+        regions.append(region)
+        return read(self, scan_key, region)
+
+    monkeypatch.setattr(Store, "read", spy)
+    request = SampleRequest(3, (4, 4, 4))
+    CropSampler(store, ["a1"], request, 0, "t", cache_bytes=0, crops_per_scan=2).batch(0, 4)
+    assert len(regions) == 4
+    assert None not in regions
+
+
+def test_a_sampler_begins_without_opening_a_scan(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self, scan_key):
+        raise AssertionError(scan_key)
+
+    monkeypatch.setattr(Store, "entry", refuse)
+    assert sampler(store).scan_keys == list("abcde")
 
 
 def test_no_scans_to_sample_is_said(store: Store) -> None:
@@ -250,7 +325,7 @@ def test_a_sample_moves_with_its_masks(store: Store) -> None:
 
 
 def test_a_dataset_ends_where_it_should(store: Store) -> None:
-    dataset = sampler(store).as_dataset(3, 5, 2)
-    assert len(dataset) == 2  # type: ignore[arg-type]
+    dataset = sampler(store).as_dataset(3, 5, Share(2))
+    assert len(dataset) == 2
     with pytest.raises(IndexError):
         dataset[2]
