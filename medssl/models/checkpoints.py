@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
@@ -33,6 +33,12 @@ CONTRACT_FILE = "contract.json"
 RUN_SUBFOLDER = Path("checkpoints") / "backbone"
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers of a contract are equal when they differ by less than this share."""
+
+MOST_CHANNELS = 1024
+"""A contract that states more is damaged, and would ask for more memory than there is."""
+
+_HISTORY_FIELDS = ("init", "pretext", "steps", "seed", "index_digest", "weights_sha256")
+_ENDS_OF_AXES = ("LR", "PA", "IS")
 
 _Content = dict[str, Any]
 
@@ -78,7 +84,7 @@ class Contract(Config):
     intensity: dict[str, Any]
     blank: tuple[str, ...] = ()
     preprocessing: dict[str, Any] | None = None
-    in_channels: int
+    in_channels: int = Field(ge=1, le=MOST_CHANNELS)
     spatial_dims: Literal[2, 3]
     plane: Literal["sagittal", "coronal", "axial"] | None = None
     backbone: dict[str, Any]
@@ -96,6 +102,43 @@ class Contract(Config):
     package_versions: dict[str, str]
     git_commit: str | None = None
     weights_sha256: str | None = None
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _is_a_length(cls, spacing_mm: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if spacing_mm is not None and not all(0 < mm < math.inf for mm in spacing_mm):
+            raise ValueError("must hold positive numbers of millimetres")
+        return spacing_mm
+
+    @field_validator("orientation")
+    @classmethod
+    def _names_every_axis_once(cls, orientation: str) -> str:
+        found = sorted(
+            n for code in orientation for n, ends in enumerate(_ENDS_OF_AXES) if code in ends
+        )
+        if len(orientation) != len(_ENDS_OF_AXES) or found != [0, 1, 2]:
+            raise ValueError("must name each axis of the body once, like RAS")
+        return orientation
+
+    @field_validator("init", "pretext")
+    @classmethod
+    def _is_named(cls, component: dict[str, Any] | None) -> dict[str, Any] | None:
+        if component is not None and not isinstance(component.get("name"), str):
+            raise ValueError("must have a name")
+        return component
+
+    @field_validator("history")
+    @classmethod
+    def _is_told_in_full(cls, history: tuple[_Content, ...]) -> tuple[_Content, ...]:
+        for stage in history:
+            if stage.keys() != set(_HISTORY_FIELDS):
+                raise ValueError(f"each must hold {', '.join(_HISTORY_FIELDS)}")
+            for part in ("init", "pretext"):
+                if stage[part] is not None and not isinstance(stage[part], dict):
+                    raise ValueError(f"{part} must be a configuration")
+            if stage["init"] is None:
+                raise ValueError("init must be a configuration")
+        return history
 
 
 def save_checkpoint(folder: Path, backbone: Backbone, contract: Contract) -> Contract:
@@ -195,8 +238,8 @@ MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1}
 
 def history_of(contract: Contract) -> tuple[_Content, ...]:
     """Return the history of a backbone that goes on from this contract's weights."""
-    fields = ("init", "pretext", "steps", "seed", "index_digest", "weights_sha256")
-    return (*contract.history, contract.model_dump(mode="json", include=set(fields)))
+    own = contract.model_dump(mode="json", include=set(_HISTORY_FIELDS))
+    return (*contract.history, own)
 
 
 def lineage(contract: Contract) -> str:
@@ -233,6 +276,40 @@ def check_contract(contract: Contract, **expected: Any) -> None:
         raise WeightsError(
             f"the checkpoint was made under another contract. {'; '.join(problems)}. "
             "Prepare the scans as the checkpoint wants them, or choose another checkpoint."
+        )
+
+
+def check_agreement(contract: Contract, backbone: Backbone, name: str) -> None:
+    """Refuse a contract that contradicts itself, or the backbone that it describes.
+
+    Args:
+        contract: as it was read.
+        backbone: built from the contract's own configuration.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        WeightsError: at least one field says otherwise than another; the message names each.
+    """
+    wanted: dict[str, Any] = {
+        "spatial_dims": backbone.spatial_dims,
+        "axis_order": "CXYZ" if backbone.spatial_dims == 3 else "CXY",
+    }
+    stated = dict(contract.preprocessing or {})
+    shared = ("spacing_mm", "orientation", "intensity", "blank")
+    if isinstance(stated.get("intensity"), dict):  # settings that came later are in one alone
+        stated["intensity"] = {**contract.intensity, **stated["intensity"]}
+    wanted |= {field: stated[field] for field in shared if field in stated}
+    found = contract.model_dump(mode="json", include=set(wanted))
+    problems = [
+        f"{field} is {_short(found[field])}, its "
+        f"{'preprocessing' if field in shared else 'backbone'} says {_short(value)}"
+        for field, value in wanted.items()
+        if not _same(found[field], value)
+    ]
+    if problems:
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {name!r} contradicts itself: {'; '.join(problems)}. "
+            "Copy it again as it was written, or train the checkpoint again."
         )
 
 
@@ -280,6 +357,7 @@ def load_backbone(checkpoint_or_run: Path | str) -> tuple[Backbone, Contract]:
     with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced
         config = backbone_config(contract)
         backbone = BACKBONES.build(config, in_channels=contract.in_channels)
+    check_agreement(contract, backbone, checkpoint_name(path))
     load_strict(backbone, state, f"checkpoint {checkpoint_name(path)!r}")
     return backbone.eval(), contract
 
