@@ -107,6 +107,20 @@ def test_a_folder_that_is_no_export_is_never_replaced(checkpoint: Path, tmp_path
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years"
 
 
+def test_a_link_is_not_written_through(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, ["state_dict"], tmp_path / "out").folder
+    (tmp_path / "link").symlink_to(out)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"'link' is a symbolic link, .* Give the folder itself"):
+        run(checkpoint, ["state_dict"], tmp_path / "link", overwrite=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_others_may_read_an_export(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, ["state_dict"], tmp_path / "out").folder
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+
+
 def test_nothing_is_left_where_a_format_turns_out_wrong(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
