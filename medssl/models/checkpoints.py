@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -25,78 +24,28 @@ from medssl.config import ComponentConfig, Config, validate_config
 from medssl.errors import WeightsError
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
-from medssl.models.origin import beginning, taken_to_3d
+from medssl.models.contracts import (
+    CONTRACT_FILE,
+    CONTRACT_VERSION,
+    MIGRATIONS,
+    Contract,
+    history_of,
+    lineage,
+    migrated,
+)
 from medssl.tracking import registry
 
-CONTRACT_VERSION = 2
+__all__ = [
+    "CONTRACT_FILE", "CONTRACT_VERSION", "MIGRATIONS", "RELATIVE_TOLERANCE", "RUN_SUBFOLDER",
+    "WEIGHTS_FILE", "Contract", "backbone_config", "check_agreement", "check_contract",
+    "checkpoint_name", "find_checkpoint", "history_of", "lineage", "load_backbone",
+    "load_contract", "read_weights", "save_checkpoint",
+]  # fmt: skip
+
 WEIGHTS_FILE = "backbone.safetensors"
-CONTRACT_FILE = "contract.json"
 RUN_SUBFOLDER = Path("checkpoints") / "backbone"
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers of a contract are equal when they differ by less than this share."""
-
-_Content = dict[str, Any]
-
-
-class Contract(Config):
-    """What must be true of the images a backbone is given, and how its weights came about.
-
-    Attributes:
-        version: version of this format.
-        spacing_mm: voxel spacing of the prepared scans along X, Y, Z; None: each scan's own.
-        orientation: canonical orientation of the prepared scans, for example ``RAS``.
-        axis_order: axes of an image as the backbone takes it: ``CXY`` or ``CXYZ``.
-        intensity: the rule that brought intensities to [0, 1].
-        blank: what was blanked before: burned-in text, the padding around a field of view.
-        preprocessing: all that was done to each scan before; None: an older medssl did not say.
-        in_channels: channels of an image.
-        spatial_dims: 2 or 3.
-        plane: the plane that 2D slices of 3D scans were cut in, if any.
-        backbone: the backbone's configuration.
-        init: the init's configuration without paths, and the hash of its file.
-        pretext: the pretext task's configuration; None: not pretrained here.
-        permutation_set_hash: of tasks that use a permutation set.
-        permutation_set: its kind, size, and least and mean Hamming distance; None also where a
-            contract of version 1 holds only the hash.
-        index_digest: of the index the scans came from.
-        store_digest: of the prepared scans.
-        patients: keys of the patients whose scans were trained on, here and in all of `history`.
-        history: the pretrainings that the init went through before this one, oldest first; each
-            with the ``init``, ``pretext``, ``steps``, ``seed``, ``index_digest`` and
-            ``weights_sha256`` of its own contract.
-        num_scans: how many scans were trained on; None: an older medssl did not say.
-        seed: the training's seed.
-        steps: optimisation steps taken.
-        package_versions: see `medssl.provenance.package_versions`.
-        git_commit: see `medssl.provenance.git_commit`.
-        weights_sha256: hash of the weight file; filled in by `save_checkpoint`.
-    """
-
-    version: Literal[2] = 2
-    spacing_mm: tuple[float, float, float] | None
-    orientation: str
-    axis_order: Literal["CXY", "CXYZ"]
-    intensity: dict[str, Any]
-    blank: tuple[str, ...] = ()
-    preprocessing: dict[str, Any] | None = None
-    in_channels: int
-    spatial_dims: Literal[2, 3]
-    plane: Literal["sagittal", "coronal", "axial"] | None = None
-    backbone: dict[str, Any]
-    init: dict[str, Any]
-    pretext: dict[str, Any] | None = None
-    permutation_set_hash: str | None = None
-    permutation_set: dict[str, Any] | None = None
-    index_digest: str
-    store_digest: str
-    patients: tuple[str, ...]
-    history: tuple[dict[str, Any], ...] = ()
-    num_scans: int | None = None
-    seed: int
-    steps: int
-    package_versions: dict[str, str]
-    git_commit: str | None = None
-    weights_sha256: str | None = None
 
 
 def save_checkpoint(folder: Path, backbone: Backbone, contract: Contract) -> Contract:
@@ -130,7 +79,7 @@ def load_contract(path: Path) -> Contract:
             f"{CONTRACT_FILE} of checkpoint {name!r} cannot be read: it is not JSON. "
             "Copy it again, or export or train the checkpoint again."
         ) from None
-    content = _migrated(content, name)
+    content = migrated(content, name)
     problems = {"missing": sorted(Contract.model_fields.keys() - content.keys())}
     problems["unknown"] = sorted(content.keys() - Contract.model_fields.keys())
     try:
@@ -150,67 +99,6 @@ def load_contract(path: Path) -> Contract:
             "train the checkpoint again."
         )
     return contract
-
-
-def _migrated(content: Any, name: str) -> _Content:
-    """Return a contract's content as this version writes it.
-
-    Raises:
-        WeightsError: it states no version, or one that no step leads from.
-    """
-    version = content.get("version") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(version, int) or isinstance(version, bool):
-        raise WeightsError(
-            f"{CONTRACT_FILE} of checkpoint {name!r} states no version, so it is not a contract of "
-            "medssl. Copy the file that was written with the weights, or train again."
-        )
-    if version > CONTRACT_VERSION:
-        raise WeightsError(
-            f"checkpoint {name!r} has a contract of version {version}, this medssl reads versions "
-            f"{min(MIGRATIONS)} to {CONTRACT_VERSION}. Install a newer medssl."
-        )
-    while version < CONTRACT_VERSION:
-        if version not in MIGRATIONS:
-            raise WeightsError(
-                f"checkpoint {name!r} has a contract of version {version}, which no medssl wrote; "
-                f"versions {min(MIGRATIONS)} to {CONTRACT_VERSION} are read. Copy the file again."
-            )
-        content = MIGRATIONS[version](content)
-        version = content["version"]
-    return dict(content)
-
-
-def _from_1(content: _Content) -> _Content:
-    """Version 2 states what was blanked, and the pretrainings before.
-
-    Contracts of version 1 without ``blank`` were written when nothing could be blanked. They say
-    nothing of earlier pretrainings but the hash in ``init``; what is not known is not invented.
-    """
-    unknown = {"permutation_set": None, "preprocessing": None, "num_scans": None}
-    return {"blank": [], "history": [], **unknown, **content, "version": 2}
-
-
-MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1}
-"""By the version that each step starts from. A file on disk is never rewritten."""
-
-
-def history_of(contract: Contract) -> tuple[_Content, ...]:
-    """Return the history of a backbone that goes on from this contract's weights."""
-    fields = ("init", "pretext", "steps", "seed", "index_digest", "weights_sha256")
-    return (*contract.history, contract.model_dump(mode="json", include=set(fields)))
-
-
-def lineage(contract: Contract) -> str:
-    """Return how weights came about, in words: ``imagenet → rotation → jigsaw``.
-
-    ImageNet's weights that were taken to 3D are called so: ``inflated ImageNet → rotation``.
-    """
-    stages = history_of(contract)
-    init, backbone = beginning(contract.model_dump(mode="json"))
-    first = taken_to_3d(init, backbone) or init
-    return " → ".join(
-        [first, *(str(stage["pretext"].get("name", "?")) for stage in stages if stage["pretext"])]
-    )
 
 
 def check_contract(contract: Contract, **expected: Any) -> None:
@@ -238,6 +126,40 @@ def check_contract(contract: Contract, **expected: Any) -> None:
         raise WeightsError(
             f"the checkpoint was made under another contract. {'; '.join(problems)}. "
             "Prepare the scans as the checkpoint wants them, or choose another checkpoint."
+        )
+
+
+def check_agreement(contract: Contract, backbone: Backbone, name: str) -> None:
+    """Refuse a contract that contradicts itself, or the backbone that it describes.
+
+    Args:
+        contract: as it was read.
+        backbone: built from the contract's own configuration.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        WeightsError: at least one field says otherwise than another; the message names each.
+    """
+    wanted: dict[str, Any] = {
+        "spatial_dims": backbone.spatial_dims,
+        "axis_order": "CXYZ" if backbone.spatial_dims == 3 else "CXY",
+    }
+    stated = dict(contract.preprocessing or {})
+    shared = ("spacing_mm", "orientation", "intensity", "blank")
+    if isinstance(stated.get("intensity"), dict):  # settings that came later are in one alone
+        stated["intensity"] = {**contract.intensity, **stated["intensity"]}
+    wanted |= {field: stated[field] for field in shared if field in stated}
+    found = contract.model_dump(mode="json", include=set(wanted))
+    problems = [
+        f"{field} is {_short(found[field])}, its "
+        f"{'preprocessing' if field in shared else 'backbone'} says {_short(value)}"
+        for field, value in wanted.items()
+        if not _same(found[field], value)
+    ]
+    if problems:
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {name!r} contradicts itself: {'; '.join(problems)}. "
+            "Copy it again as it was written, or train the checkpoint again."
         )
 
 
@@ -285,6 +207,7 @@ def load_backbone(checkpoint_or_run: Path | str) -> tuple[Backbone, Contract]:
     with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced
         config = backbone_config(contract)
         backbone = BACKBONES.build(config, in_channels=contract.in_channels)
+    check_agreement(contract, backbone, checkpoint_name(path))
     load_strict(backbone, state, f"checkpoint {checkpoint_name(path)!r}")
     return backbone.eval(), contract
 

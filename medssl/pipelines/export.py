@@ -98,7 +98,7 @@ def run(
             atomic_write(made / CARD_FILE, _with_usages(subject.card, usages))
             atomic_write(made / CONTRACT_FILE, _public_contract(subject.contract))
             atomic_write(made / FACTS_FILE, json.dumps(content, indent=2) + "\n")
-            made.chmod(0o755)
+            _let_others_read(made)
             _replace(out, made)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -273,8 +273,20 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _let_others_read(made: Path) -> None:
+    """Give folders and files the usual permissions; some libraries write for their user alone."""
+    made.chmod(0o755)
+    for path in made.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def _check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse a folder that holds anything, unless it is an export that may be replaced."""
+    if out.is_symlink():
+        raise ConfigError(
+            f"{out.name!r} is a symbolic link, and an export takes the place of a whole folder. "
+            "Give the folder itself as --out."
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / FACTS_FILE).is_file():

@@ -33,7 +33,7 @@ from medssl.models.inits._published import (
     torch_cache,
     wanted_hash,
 )
-from medssl.models.inits._tensor_files import file_sha256
+from medssl.models.inits._tensor_files import file_sha256, read_state
 from medssl.pipelines.progress import Progress, silent
 
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")
@@ -110,7 +110,7 @@ def fetch(
     Raises:
         ConfigError: no such backbone, or none with ImageNet weights.
         MachineError: no network, no address, or the disk cannot be written.
-        WeightsError: what arrived is another file; nothing is kept.
+        WeightsError: what arrived is another file, or none of tensors; nothing is kept.
     """
     weights = weights_of(backbone)
     target = (out or torch_cache()) / local_name(weights)
@@ -124,7 +124,18 @@ def fetch(
         if here.is_right:
             return replace(here, text="is there already, and right")
     if unchecked:
-        atomic_write(target, lambda temporary: receive(weights, temporary, report))
+
+        def keep_tensors(temporary: Path) -> None:
+            receive(weights, temporary, report)
+            try:
+                read_state(temporary)  # a page that asks to log in has a hash as well
+            except WeightsError:
+                raise WeightsError(
+                    f"{target.name}: what arrived is no file of tensors, and was not kept. Look at "
+                    "the address in a browser: it may ask you to log in."
+                ) from None
+
+        atomic_write(target, keep_tensors)
         text = (
             "its publisher states no hash, so nothing could be compared: state this one as "
             "init.sha256"

@@ -30,6 +30,13 @@ DEFAULT_STORE = Path("runs") / "mlflow.db"
 """Where runs of the working directory are tracked when `MLFLOW_TRACKING_URI` is not set."""
 
 _ARTIFACT_FOLDER = "checkpoint"
+_HASH_TAG = "weights_sha256"
+_NAME = re.compile(r"[^/@:\s](?:[^/@:\n]*[^/@:\s])?")
+"""Names that MLflow takes and that can be told apart from the rest of a URI."""
+
+_ALIAS = re.compile(r"(?!(?i:latest|v\d+)$)[\w-]+")
+"""As MLflow takes them: latest and v1 have a meaning of their own there."""
+
 _URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 _FORM = "models:/NAME@ALIAS or models:/NAME/VERSION"
 
@@ -59,11 +66,14 @@ def register_checkpoint(
         MachineError: no registry, or it does not answer.
     """
     digest, tags = _facts(folder)
-    uri = f"{SCHEME}/{name}" + (f"@{alias}" if alias else "/1")
-    if _URI.match(uri) is None:
+    if _NAME.fullmatch(name) is None:
         raise ConfigError(
-            f"{name!r} with alias {alias!r} makes no URI of the form {_FORM}. "
-            "Leave out / and @, and give the alias only where you want one."
+            f"{name!r} makes no URI of the form {_FORM}. Choose a name without /, @ and :."
+        )
+    if alias is not None and _ALIAS.fullmatch(alias) is None:
+        raise ConfigError(
+            f"alias {alias!r} makes no URI of the form {_FORM}. Choose one of letters, digits, _ "
+            "and -; latest, and v with a number, belong to MLflow."
         )
     with _client() as client:
         found = client.get_experiment_by_name(experiment)
@@ -81,7 +91,7 @@ def register_checkpoint(
             name,
             f"runs:/{run.info.run_id}/{_ARTIFACT_FOLDER}",
             run_id=run.info.run_id,
-            tags={**tags, "weights_sha256": digest},
+            tags={**tags, _HASH_TAG: digest},
         ).version
         if alias:
             client.set_registered_model_alias(name, alias, version)
@@ -116,7 +126,27 @@ def _resolved(uri: str, name: str, alias: str | None, version: str | None, store
         folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:32]
         if not _is_whole(folder):
             _download(client, model, uri, folder)
+    _check_registered(folder, model, uri)
     return folder
+
+
+def _check_registered(folder: Path, model: Any, uri: str) -> None:
+    """Refuse files that are not those that were registered, in the cache or in the registry.
+
+    Weights and contract could both have been replaced, and would agree with one another.
+    """
+    registered = dict(model.tags).get(_HASH_TAG)
+    if registered is None:  # registered by other means than `register_checkpoint`
+        return
+    weights = folder / FILES[0]
+    with weights.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != registered:
+        raise DataError(
+            f"{uri}: {weights.name} has sha256 {found[:12]}, registered was {registered[:12]}. "
+            f"Delete the cached folder {folder.name} (${CACHE_VARIABLE}, or ~/.cache/medssl), and "
+            "register the checkpoint again if that does not help."
+        )
 
 
 def _version_of(client: Any, uri: str, name: str, alias: str | None, version: str | None) -> Any:

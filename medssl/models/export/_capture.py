@@ -234,7 +234,17 @@ def _export(net: nn.Module, example: Tensor, dynamic: dict[int, Any]) -> Exporte
     # As torch.onnx sets it: a size of 1 is taken for any other, and needs no program of its own.
     settings: Any = torch.fx.experimental._config
     with _quiet(), torch.no_grad(), settings.patch(backed_size_oblivious=True):
-        return torch.export.export(net, (example,), dynamic_shapes=(dynamic,))
+        program = torch.export.export(net, (example,), dynamic_shapes=(dynamic,))
+    _forget_places(program)
+    return program
+
+
+def _forget_places(program: ExportedProgram) -> None:
+    """Drop the lines of code that each operation came from: they name folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def _measured(captured: Captured, net: nn.Module) -> Captured:

@@ -194,11 +194,21 @@ def receive(
                 done += len(chunk)
                 if progress:
                     progress(done, total)
+    except ValueError:
+        raise MachineError(
+            f"init imagenet: {local_name(weights)} has no address that could be asked. Correct "
+            "HF_ENDPOINT (https://…), or take it out of the environment."
+        ) from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError):
         raise MachineError(
             f"init imagenet: {local_name(weights)} could not be downloaded; there is no network "
             f"or its site does not answer. {remedy(weights)}"
         ) from None
+    if total and done != total:  # http.client says nothing where it is read in parts
+        raise MachineError(
+            f"init imagenet: {local_name(weights)} was cut short by the network: {done} of {total} "
+            "bytes came. Fetch it again."
+        )
 
 
 def remedy(weights: ImagenetWeights) -> str:

@@ -29,6 +29,12 @@ COUNTER = "num_batches_tracked"
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 """How PyTorch names what a pickle asks for beyond tensors and plain values."""
 
+_DAMAGED = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    OverflowError, MemoryError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What PyTorch raises as it reads a file with bytes missing or changed, which it does not check."""
+
 _HEADER_BYTES = 9
 """A safetensors file begins with the length of its JSON header, 8 bytes, and a brace."""
 
@@ -87,7 +93,7 @@ def read_content(file: Path) -> Any:
             "It was refused; use the published file, or convert it to safetensors where you "
             "trust it."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except _DAMAGED:
         raise WeightsError(
             f"{file.name}: cannot be read as a file of tensors; it is cut short or damaged. "
             "Fetch it again."

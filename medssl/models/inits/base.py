@@ -132,6 +132,12 @@ def _check_tensor(name: str, found: Tensor, wanted: Tensor, source: str) -> None
             f"{source}: tensor {name} is of type {found.dtype}, wanted {wanted.dtype}. "
             "Export the weights again without converting them."
         )
+    if found.layout != torch.strided or found.device.type == "meta":
+        kind = "without values (meta)" if found.device.type == "meta" else str(found.layout)
+        raise WeightsError(
+            f"{source}: tensor {name} is stored as {kind}, wanted plain values (torch.strided). "
+            "Export the weights again as plain tensors."
+        )
     if not bool(torch.isfinite(found).all()):
         raise WeightsError(
             f"{source}: tensor {name} holds values that are not finite. "

@@ -8,6 +8,7 @@ from typing import Literal
 from medssl.config import ComponentConfig
 from medssl.models.backbones.base import Backbone
 from medssl.models.checkpoints import (
+    check_agreement,
     check_contract,
     checkpoint_name,
     lineage,
@@ -48,6 +49,7 @@ class CheckpointInit(Init):
                 "spatial_dims": backbone.spatial_dims,
             },
         )
+        check_agreement(contract, backbone, checkpoint_name(path))
         source = f"checkpoint {checkpoint_name(path)!r}"
         loaded = load_strict(backbone, read_weights(path, contract), source)
         origin = taken_to_3d(*beginning(contract.model_dump(mode="json")))

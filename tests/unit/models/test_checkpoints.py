@@ -402,3 +402,67 @@ def test_a_field_that_contracts_do_not_have_is_refused(contract):
 
 def test_numbers_agree_up_to_rounding(contract):
     check_contract(contract, spacing_mm=[1, 1 + 1e-9, 1.5], backbone=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis_order": "CXYZ"}, r'axis_order is "CXYZ", its backbone says "CXY"'),
+        ({"spatial_dims": 3}, r"spatial_dims is 3, its backbone says 2"),
+        (
+            {"preprocessing": {"spacing_mm": [1.0, 1.0, 9.0]}},
+            r"spacing_mm is \[1\.0, 1\.0, 1\.5\], its preprocessing says \[1\.0, 1\.0, 9\.0\]",
+        ),
+        (
+            {"preprocessing": {"intensity": {"kind": "window_hu"}}},
+            r"intensity is .*percentile.*, its preprocessing says .*window_hu.*",
+        ),
+        (
+            {"preprocessing": {"blank": ["text"]}},
+            r'blank is \[\], its preprocessing says \["text"\]',
+        ),
+    ],
+)
+def test_a_contract_that_contradicts_itself_is_refused(checkpoint, changes, message):
+    edit_contract(checkpoint, **changes)
+    with pytest.raises(WeightsError, match=f"contradicts itself: {message}. Copy it again"):
+        load_backbone(checkpoint)
+    if "spatial_dims" not in changes:  # which the init compares with the study's backbone first
+        with pytest.raises(WeightsError, match=f"contradicts itself: {message}"):
+            continue_from(checkpoint)
+
+
+STAGE = {"init": {"name": "random"}, "pretext": None, "steps": 1, "seed": 0, "index_digest": "a",
+         "weights_sha256": "b"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spacing_mm", [0.0, 1.0, 1.0]),
+        ("spacing_mm", [-1.0, 1.0, 1.0]),
+        ("spacing_mm", [float("nan"), 1.0, 1.0]),
+        ("spacing_mm", [float("inf"), 1.0, 1.0]),
+        ("orientation", "XYZ"),
+        ("orientation", "RLS"),
+        ("orientation", "RASS"),
+        ("in_channels", 0),
+        ("in_channels", -1),
+        ("in_channels", 10**9),
+        ("init", {}),
+        ("pretext", {"name": 3}),
+        ("history", [{}]),
+        ("history", [{**STAGE, "init": 3}]),
+        ("history", [{**STAGE, "init": None}]),
+    ],
+)
+def test_a_contract_that_states_what_cannot_be_names_the_field(checkpoint, field, value):
+    edit_contract(checkpoint, **{field: value})
+    with pytest.raises(WeightsError, match=rf"version 2; field\(s\) wrong: {field}"):
+        load_backbone(checkpoint)
+
+
+def test_a_contract_with_a_history_and_an_older_preprocessing_loads(checkpoint):
+    older = {"intensity": {"kind": "percentile"}}
+    edit_contract(checkpoint, history=[STAGE], preprocessing=older)
+    load_backbone(checkpoint)

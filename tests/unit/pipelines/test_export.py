@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,36 @@ def test_a_folder_that_is_no_export_is_never_replaced(checkpoint: Path, tmp_path
     with pytest.raises(ConfigError, match="'thesis' exists and is no export"):
         run(checkpoint, ["state_dict"], tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years"
+
+
+def test_a_link_is_not_written_through(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, ["state_dict"], tmp_path / "out").folder
+    (tmp_path / "link").symlink_to(out)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"'link' is a symbolic link, .* Give the folder itself"):
+        run(checkpoint, ["state_dict"], tmp_path / "link", overwrite=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_others_may_read_an_export(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, ["state_dict"], tmp_path / "out").folder
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", EXPORTS.names())
+def test_no_file_of_an_export_names_a_folder_of_this_machine(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    out = run(checkpoint, [name], tmp_path / "out").folder
+    found = {}
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        found[path.name] = path.read_bytes()
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                found |= {part: archive.read(part) for part in archive.namelist()}
+    folders = [str(place).encode() for place in (tmp_path, ROOT, Path(torch.__file__).parents[1])]
+    assert [part for part, content in found.items() if any(f in content for f in folders)] == []
 
 
 def test_nothing_is_left_where_a_format_turns_out_wrong(

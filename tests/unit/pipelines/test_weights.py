@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save
 
 from medssl.cli import cli, main
 from medssl.errors import ConfigError, MachineError, WeightsError
@@ -20,7 +24,7 @@ from medssl.models.backbones.torchvision import TorchvisionBackbone
 from medssl.models.inits._published import local_name
 from medssl.pipelines import weights as pipeline
 
-CONTENT = b"not tensors, and nobody here reads them as such"
+CONTENT = save({"layer.weight": torch.zeros(2)})
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 NAME = f"resnet18-{DIGEST[:8]}.pth"
 HUB = "https://huggingface.co/timm/resnet34.a1/resolve/main/model.safetensors"
@@ -154,6 +158,45 @@ def test_a_file_without_stated_hash_is_fetched_and_says_its_own(tmp_path):
     assert got["sha256"] == DIGEST
     assert "publisher states no hash" in got["checked"]
     assert "init.sha256" in got["checked"]
+
+
+def hub_file(site: Path) -> Path:
+    return site / "timm/resnet34.a1/resolve/main/model.safetensors"
+
+
+def test_a_page_in_place_of_a_file_without_stated_hash_is_not_kept(tmp_path, site):
+    hub_file(site).write_bytes(b"<html>please log in</html>")
+    with pytest.raises(WeightsError, match=rf"^{HUB_NAME}: what arrived is no file of"):
+        pipeline.fetch("torchvision:resnet34", tmp_path / "stick")
+    assert list((tmp_path / "stick").iterdir()) == []
+
+
+class _Hasty(http.server.BaseHTTPRequestHandler):
+    """Promises a file and hangs up in the middle of it, where a tensor file seems to end."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT) + 1000))
+        self.end_headers()
+        self.wfile.write(CONTENT)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_file_without_stated_hash_that_the_network_cut_short_is_not_kept(tmp_path, monkeypatch):
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Hasty)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    with server, pytest.raises(MachineError, match=r"was cut short .* Fetch it again"):
+        pipeline.fetch("torchvision:resnet34", tmp_path / "stick")
+    assert list((tmp_path / "stick").iterdir()) == []
+
+
+def test_a_mirror_that_is_no_address_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "mirror")
+    with pytest.raises(MachineError, match=r"Correct HF_ENDPOINT"):
+        pipeline.fetch("torchvision:resnet34", tmp_path / "stick")
 
 
 def test_a_hash_from_elsewhere_is_compared(tmp_path):

@@ -13,7 +13,13 @@ import pytest
 from medssl.errors import ConfigError, DataError, MachineError, WeightsError
 from medssl.models.backbones.monai import Config as BackboneConfig
 from medssl.models.build import build_backbone
-from medssl.models.checkpoints import Contract, find_checkpoint, load_contract, save_checkpoint
+from medssl.models.checkpoints import (
+    Contract,
+    find_checkpoint,
+    load_backbone,
+    load_contract,
+    save_checkpoint,
+)
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.models.inits.random import Config as RandomConfig
 from medssl.tracking import registry
@@ -243,7 +249,27 @@ def test_what_is_no_checkpoint_is_not_registered(
     assert new_client().search_registered_models("name='broken'") == []
 
 
-@pytest.mark.parametrize(("name", "alias"), [("a/b", None), ("a@b", None), ("a", "b/c"), ("", "x")])
-def test_a_name_that_makes_no_uri_is_refused(place, name, alias):
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("a/b", None), ("a@b", None), ("a:b", None), ("a ", None), ("", "x"),
+        ("a", "b/c"), ("a", ""), ("a", "b c"), ("a", "latest"), ("a", "v3"),
+    ],
+)  # fmt: skip
+def test_a_name_that_makes_no_uri_is_refused_before_anything_is_registered(place, name, alias):
     with pytest.raises(ConfigError, match=r"makes no URI of the form models:/NAME@ALIAS"):
         register_checkpoint(place / "first", name, alias)
+    assert {model.name for model in new_client().search_registered_models()} == {"heart", "other"}
+
+
+def test_a_cached_checkpoint_that_was_exchanged_whole_is_refused(place):
+    """Weights and contract agree with one another, and are not those that were registered."""
+    found = resolve("models:/heart/1")
+    for name in registry.FILES:
+        shutil.copy(place / "second" / name, found / name)
+    registry._resolved.cache_clear()  # as another process
+    try:
+        with pytest.raises(DataError, match=r"models:/heart/1: .* registered was [0-9a-f]{12}\."):
+            load_backbone(Path("models:/heart/1"))
+    finally:
+        shutil.rmtree(found)

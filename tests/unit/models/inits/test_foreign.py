@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from medssl.errors import ConfigError, MachineError, WeightsError
 from medssl.models.backbones.base import Backbone
 from medssl.models.backbones.monai import Config as BackboneConfig
 from medssl.models.build import build_backbone
+from medssl.models.inits._tensor_files import read_state
 from medssl.models.inits.base import LoadReport, init_provenance
 from medssl.models.inits.foreign import Config
 from medssl.models.inits.random import Config as RandomConfig
@@ -219,4 +221,37 @@ def test_safetensors_under_another_name_are_told_by_their_content(file, tmp_path
 def test_a_safetensors_file_cut_short_is_refused(file, left):
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(WeightsError, match=r"cannot be read as safetensors; it is cut short"):
+        load(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_no_damage_to_a_file_of_torch_escapes_its_message(tmp_path, zipped):
+    file = tmp_path / "theirs.pth"
+    tensors = {f"layer{n}.weight": torch.ones(4, 3) for n in range(3)}
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    whole, generator = file.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for number in range(400):
+        damaged = bytearray(whole)
+        if number % 2:
+            damaged = damaged[: generator.integers(len(whole))]
+        else:
+            damaged[generator.integers(400)] = generator.integers(256)
+        file.write_bytes(damaged)
+        try:
+            read_state(file)
+        except WeightsError:  # anything else fails the test
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("change", "stored"),
+    [(torch.Tensor.to_sparse, r"torch\.sparse_coo"), (lambda t: t.to("meta"), r"without values")],
+    ids=["sparse", "meta"],
+)
+def test_a_tensor_without_plain_values_is_refused(tmp_path, change, stored):
+    name = "module.encoder.conv1.weight"
+    file = saved(foreign_state(**{name: change(foreign_state()[name])}), tmp_path / "theirs.pth")
+    with pytest.raises(WeightsError, match=rf"net\.conv1\.weight is stored as {stored}"):
         load(file)
