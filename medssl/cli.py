@@ -108,7 +108,13 @@ def pretrain(
         folder = pipeline.run(
             loaded, out or Path("runs/pretrain"), resume=resume, progress=progress
         )
-    _print({"run_folder": str(folder), "report": str(folder / "report.html")}, as_json)
+    table = folder / "profile" / "profile.txt"
+    facts = {"run_folder": str(folder), "report": str(folder / "report.html")}
+    if table.is_file():
+        facts["profile"] = str(table.parent)
+        if not as_json:
+            click.echo(table.read_text(encoding="utf-8"))
+    _print(facts, as_json)
 
 
 @cli.command()
