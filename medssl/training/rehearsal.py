@@ -39,6 +39,12 @@ MEASURED_STEPS = 3
 PATIENCE_S = 60.0
 """After so long no further step is measured."""
 
+_PARTS_TRIED = (1024, 256, 64, 16, 4, 2)
+"""Of the configured micro batch. Small ones first: one that is far too large is foreseen by them."""
+
+_BY_FAR = 3.0
+"""Times the free memory: so much is foreseen for certain, also from small batches."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
@@ -98,7 +104,7 @@ def sizes_to_try(micro_batch_size: int) -> list[int]:
 
     Batches of one image are not tried unless configured: batch norms may refuse them.
     """
-    smaller = {size for size in (micro_batch_size // 4, micro_batch_size // 2) if size > 1}
+    smaller = {micro_batch_size // part for part in _PARTS_TRIED} - {0, 1}
     return [*sorted(smaller), micro_batch_size, *([] if smaller else [2 * micro_batch_size])]
 
 
@@ -120,17 +126,28 @@ def rehearse(scene: Scene) -> Rehearsal:
     size = scene.training.global_batch_size // scene.training.micro_batches(1)
     with right_gradients(scene.training, scene.device):
         for micro in sizes_to_try(size):
-            if scene.device.type == "cpu" and micro >= size and len(found.peaks) > 1:
-                foreseen = line_through(found.peaks, micro)
-                if foreseen > found.free_bytes:  # the kernel would end a process, perhaps another
-                    found.foreseen_bytes = int(foreseen)
+            if scene.device.type == "cpu" and _too_much(found, micro, size):
+                # Beyond what is free the kernel would end a process, perhaps another one.
+                if len(found.peaks) > 1:
+                    found.foreseen_bytes = int(line_through(found.peaks, size))
                     return found
-            if not _fits(partial(_train, scene, micro, micro == size, found)):
-                found.failed = micro <= size
+                continue
+            if not _fits(partial(_train, scene, micro, micro == size, found)) and micro <= size:
+                found.failed = True
                 return found
         if not _fits(partial(_validate, scene, found)):
             found.failed = True
     return found
+
+
+def _too_much(found: Rehearsal, micro: int, size: int) -> bool:
+    """Return whether a micro batch, or by far the configured one, takes more than is free."""
+    if not found.peaks:
+        return False
+    if len(found.peaks) == 1:  # twice the images take at most twice the memory
+        return micro > size and 2 * found.peaks[size] > found.free_bytes
+    here, there = (line_through(found.peaks, each) for each in (micro, size))
+    return here > found.free_bytes or there > _BY_FAR * found.free_bytes
 
 
 def free_memory(device: torch.device) -> int:

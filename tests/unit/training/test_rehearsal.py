@@ -40,7 +40,14 @@ def scene(name: str = "rotation", dims: int = 2, **settings: Any) -> Scene:
 
 @pytest.mark.parametrize(
     ("configured", "tried"),
-    [(1, [1, 2]), (2, [2, 4]), (3, [3, 6]), (4, [2, 4]), (8, [2, 4, 8]), (32, [8, 16, 32])],
+    [
+        (1, [1, 2]),
+        (2, [2, 4]),
+        (3, [3, 6]),
+        (4, [2, 4]),
+        (8, [2, 4, 8]),
+        (256, [4, 16, 64, 128, 256]),
+    ],
 )
 def test_at_least_two_sizes_are_tried_and_one_image_only_if_configured(
     configured: int, tried: list[int]
@@ -95,6 +102,23 @@ def test_more_than_is_free_is_foreseen_and_not_tried(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rehearsal, "_peak", lambda device: next(grown))
     found = rehearse(scene(global_batch_size=8))
     assert (found.peaks, found.foreseen_bytes, found.step_seconds) == ({2: 100, 4: 200}, 400, [])
+
+
+def test_far_too_large_a_batch_is_foreseen_from_small_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rehearsal, "free_memory", lambda device: 1000)
+    grown = iter([100, 130])
+    monkeypatch.setattr(rehearsal, "_peak", lambda device: next(grown))
+    found = rehearse(scene(global_batch_size=4096))
+    wanted = 130 + (4096 - 16) * 30 / (16 - 4)
+    assert (set(found.peaks), found.foreseen_bytes) == ({4, 16}, int(wanted))
+
+
+def test_twice_the_batch_is_not_tried_where_it_might_not_fit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rehearsal, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(rehearsal, "_peak", lambda device: 600)
+    found = rehearse(scene(global_batch_size=2))
+    assert (set(found.peaks), found.failed, found.foreseen_bytes) == ({2}, False, 0)
+    assert found.validation_seconds > 0
 
 
 @pytest.mark.parametrize(
