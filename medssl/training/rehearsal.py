@@ -40,7 +40,7 @@ PATIENCE_S = 60.0
 """After so long no further step is measured."""
 
 _PARTS_TRIED = (1024, 256, 64, 16, 4, 2)
-"""Of the configured micro batch. Small ones first: one that is far too large is foreseen by them."""
+"""Of the configured micro batch; small ones first, which foresee one that is far too large."""
 
 _BY_FAR = 3.0
 """Times the free memory: so much is foreseen for certain, also from small batches."""
