@@ -101,14 +101,21 @@ def pretrain(
     from medssl.pipelines import pretrain as pipeline
 
     loaded = load_config(config, pipeline.PretrainConfig, overrides)
+    folder = out or Path("runs/pretrain")
     if dry_run:
-        _print(pipeline.plan(loaded), as_json)
+        from medssl.pipelines import planning
+
+        _print(planning.plan(loaded, folder), as_json)
         return
     with _progress(as_json) as progress:
-        folder = pipeline.run(
-            loaded, out or Path("runs/pretrain"), resume=resume, progress=progress
-        )
-    _print({"run_folder": str(folder), "report": str(folder / "report.html")}, as_json)
+        pipeline.run(loaded, folder, resume=resume, progress=progress)
+    table = folder / "profile" / "profile.txt"
+    facts = {"run_folder": str(folder), "report": str(folder / "report.html")}
+    if table.is_file():
+        facts["profile"] = str(table.parent)
+        if not as_json:
+            click.echo(table.read_text(encoding="utf-8"))
+    _print(facts, as_json)
 
 
 @cli.command()
@@ -625,19 +632,26 @@ def list_(kind: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("config", type=_PATH, required=False)
 @_OVERRIDES
+@click.option(
+    "--disk", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Measure this folder's disk, with a file of 64 MB. Default: where temporary files go.",
+)  # fmt: skip
 @_JSON
-def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def doctor(
+    config: Path | None, overrides: tuple[str, ...], disk: Path | None, as_json: bool
+) -> None:
     """Say what this machine can do, and what to mend.
 
     With a config file, say whether the ImageNet weights that it starts from are here.
 
     \b
     medssl doctor
+    medssl doctor --disk /data/prepared
     medssl doctor configs/studies/demo.yaml
     """
     from medssl.pipelines.doctor import examine
 
-    findings = examine(config, overrides)
+    findings = examine(config, overrides, folder=disk)
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

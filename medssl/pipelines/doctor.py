@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from medssl.config import ComponentConfig
 from medssl.errors import MedsslError
-from medssl.executors.local import available_cores
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import ImagenetWeights
 from medssl.models.inits._published import (
@@ -26,13 +23,25 @@ from medssl.models.inits._published import (
 )
 from medssl.models.inits.imagenet import Config as ImagenetConfig
 from medssl.pipelines.kinds import load_any
+from medssl.pipelines.machine import DiskRate, Gpu, Machine, gather
 from medssl.pipelines.weights import remedy_of, table
 from medssl.provenance import package_versions
 
-_GB = 1e9
 _LITTLE_DISK_GB = 10
 _LITTLE_MEMORY_GB = 8
 _LITTLE_SHARED_MEMORY_GB = 1
+_SLOW_DISK_MB_S = 100
+_FEW_OPEN_FILES = 1024
+_MOST_WORKERS = 8
+_CORES_TO_SPARE = 2
+
+_BF16, _FP16 = (8, 0), (7, 0)
+"""Compute capabilities from which on GPUs have units for these precisions."""
+
+LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+"""The oldest Linux driver for a major version of CUDA. Source: NVIDIA, CUDA Toolkit release notes,
+minimum required driver version for CUDA minor version compatibility."""
+
 _WEIGHTS = "ImageNet weights"
 
 
@@ -45,24 +54,28 @@ class Finding:
     text: str
 
 
-def examine(config: Path | None = None, overrides: Sequence[str] = ()) -> list[Finding]:
+def examine(
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    folder: Path | None = None,
+    machine: Machine | None = None,
+) -> list[Finding]:
     """Return what was found, in the order in which people look.
 
     Args:
         config: a config file, of any kind, whose ImageNet weights are looked for; None: those of
             all backbones.
         overrides: ``key=value``, of the config.
+        folder: whose disk is measured; None: that of temporary files.
+        machine: facts to go by; None: they are gathered.
 
     Raises:
         ConfigError: the config is wrong.
     """
     return [
         *_versions(),
-        _cores(),
-        _memory(),
-        _disk(),
-        *_shared_memory(),
-        *_gpu(),
+        *describe(machine or gather(folder)),
         *(_imagenet() if config is None else _imagenet_of(config, overrides)),
         _tracking(),
     ]
@@ -74,46 +87,201 @@ def _versions() -> list[Finding]:
     return [Finding("ok", "packages", text)]
 
 
-def _cores() -> Finding:
-    return Finding("ok", "cores", f"{available_cores()} usable")
+def describe(machine: Machine) -> list[Finding]:
+    """Return what the facts about a machine mean: what it can do, and what to mend."""
+    return [
+        _cores(machine),
+        Finding("ok", "num_workers", workers_in_words(machine)),
+        _memory(machine),
+        _disk(machine),
+        _disk_rate(machine.disk),
+        *_shared_memory(machine),
+        _open_files(machine),
+        *_gpus(machine),
+        _precision(machine.torch.gpus),
+        _processes(machine),
+    ]
 
 
-def _memory() -> Finding:
-    total = psutil.virtual_memory().total / _GB
-    if total < _LITTLE_MEMORY_GB:
-        return Finding("note", "memory", f"{total:.0f} GB; choose small crops and batches")
-    return Finding("ok", "memory", f"{total:.0f} GB")
+def _cores(machine: Machine) -> Finding:
+    text = f"{machine.usable_cores} usable"
+    if machine.quota is not None and machine.quota < machine.cores:
+        text += f" (the container's share is {machine.quota:.3g} of {machine.cores})"
+    return Finding("ok", "cores", text)
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / _GB
+def suggested_workers(machine: Machine) -> int:
+    """Return the number of workers to start with, for each process of a training."""
+    cores, gpus = machine.usable_cores, len(machine.torch.gpus)
+    shared = machine.shared_memory_gb
+    if shared is not None and shared < _LITTLE_SHARED_MEMORY_GB:
+        return 0
+    if gpus:
+        return max(0, min(_MOST_WORKERS, cores // gpus - 1))
+    return 1 if cores > _CORES_TO_SPARE else 0
+
+
+def workers_in_words(machine: Machine) -> str:
+    """Return how many workers to start with, and why."""
+    number, gpus = suggested_workers(machine), len(machine.torch.gpus)
+    if gpus:
+        each = f"{machine.usable_cores} cores for {gpus} GPU(s), one of each kept to launch work"
+    else:
+        each = "without a GPU, computing needs the cores itself"
+    return f"start with training.num_workers={number} ({each}); training.profile=true says more"
+
+
+def _memory(machine: Machine) -> Finding:
+    if machine.memory_gb < _LITTLE_MEMORY_GB:
+        text = f"{machine.memory_gb:.0f} GB; choose small crops and batches"
+        return Finding("note", "memory", text)
+    return Finding("ok", "memory", f"{machine.memory_gb:.0f} GB")
+
+
+def _disk(machine: Machine) -> Finding:
+    free = machine.disk_free_gb
     if free < _LITTLE_DISK_GB:
         return Finding("note", "disk", f"{free:.1f} GB free here; prepared scans may need more")
     return Finding("ok", "disk", f"{free:.0f} GB free here")
 
 
-def _shared_memory() -> list[Finding]:
-    folder = Path("/dev/shm")  # noqa: S108  (looked at, not written to)
-    if not folder.is_dir():
+def _disk_rate(disk: DiskRate | None) -> Finding:
+    if disk is None:
+        return Finding("note", "disk rate", "not measured: the folder cannot be written")
+    source = {
+        "disk": "read from the disk, not from the system's memory",
+        "memory": "read from the system's memory, which would not forget it: the disk is slower",
+        "unknown": "read perhaps from the system's memory, which this disk does not tell",
+    }[disk.read_from]
+    text = f"written at {disk.write_mb_s:.0f} MB/s, read at {disk.read_mb_s:.0f} MB/s ({source})"
+    if disk.read_from == "disk" and disk.read_mb_s < _SLOW_DISK_MB_S:
+        return Finding("note", "disk rate", f"{text}; put prepared scans (store) on a faster disk")
+    return Finding("ok", "disk rate", text)
+
+
+def _shared_memory(machine: Machine) -> list[Finding]:
+    size = machine.shared_memory_gb
+    if size is None:
         return []
-    size = shutil.disk_usage(folder).total / _GB
     if size < _LITTLE_SHARED_MEMORY_GB:
         text = f"{size:.2f} GB; give the container more (shm_size), or set num_workers to 0"
         return [Finding("note", "shared memory", text)]
     return [Finding("ok", "shared memory", f"{size:.0f} GB")]
 
 
-def _gpu() -> list[Finding]:
-    import torch
+def _open_files(machine: Machine) -> Finding:
+    limit = machine.open_files
+    if limit is None:
+        return Finding("ok", "open files", "no limit")
+    if limit < _FEW_OPEN_FILES:
+        text = f"{limit} at once; many workers need more: ulimit -n 4096"
+        return Finding("note", "open files", text)
+    return Finding("ok", "open files", f"{limit} at once")
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        return [Finding("ok", "GPU", ", ".join(names))]
-    if Path("/proc/driver/nvidia/version").exists():
-        build = torch.version.cuda or "no CUDA"
-        text = f"a driver is there, and torch (built for {build}) sees no device; update the driver"
-        return [Finding("problem", "GPU", text)]
-    return [Finding("note", "GPU", "none; everything runs on the CPU, slower")]
+
+def _gpus(machine: Machine) -> list[Finding]:
+    torch = machine.torch
+    if not torch.gpus:
+        return [_no_gpu(machine)]
+    names = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in torch.gpus)
+    driver = f"driver {machine.driver or 'not named'}, torch built for CUDA {torch.cuda}"
+    found = [Finding("ok", "GPU", f"{names}; {driver}")]
+    blind = sorted({g.capability for g in torch.gpus if not runs_on(g, torch.architectures)})
+    if blind:
+        lacking = ", ".join(f"sm_{major}{minor}" for major, minor in blind)
+        text = (
+            f"this torch has no kernels for {lacking} (it has {', '.join(torch.architectures)}). "
+            "Install one that has: a newer one for a new GPU (https://pytorch.org), an older one "
+            "for an old GPU; or set device=cpu"
+        )
+        found.append(Finding("problem", "GPU kernels", text))
+    if any("MIG" in gpu.name for gpu in torch.gpus):
+        text = (
+            "a slice of a GPU: batches must fit the slice, a process sees one, and slices cannot "
+            "train together (NCCL). Start one process, without torchrun"
+        )
+        found.append(Finding("note", "MIG", text))
+    if len({(gpu.name, gpu.memory_gb) for gpu in torch.gpus}) > 1:
+        text = "they differ: together they train at the pace, and in the memory, of the weakest"
+        found.append(Finding("note", "GPUs", text))
+    return found
+
+
+def _no_gpu(machine: Machine) -> Finding:
+    if machine.driver is None:
+        return Finding("note", "GPU", "none; everything runs on the CPU, slower")
+    build = machine.torch.cuda
+    seen = f"NVIDIA's driver {machine.driver} is there, and torch sees no device"
+    if build is None:
+        text = f"{seen}: it is a build without CUDA. Install one with it (https://pytorch.org)"
+        return Finding("problem", "GPU", text)
+    if machine.visible_devices in ("", "-1"):
+        text = f"{seen}: CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides all. Unset it"
+        return Finding("problem", "GPU", text)
+    least = LEAST_DRIVER.get(int(build.split(".")[0]))
+    if least is not None and _numbers(machine.driver) < _numbers(least):
+        text = (
+            f"{seen}: built for CUDA {build} it needs driver {least} or later. Update the driver, "
+            "or install a torch built for an older CUDA"
+        )
+        return Finding("problem", "GPU", text)
+    text = (
+        f"{seen}, though the driver is new enough for its CUDA {build}. Give the container the "
+        "device (docker run --gpus all), or see what nvidia-smi says"
+    )
+    return Finding("problem", "GPU", text)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def runs_on(gpu: Gpu, architectures: Sequence[str]) -> bool:
+    """Return whether a build of torch has code for a GPU.
+
+    Machine code (``sm_90``) runs on its own major version from its own minor version on; with
+    ``a`` on exactly its own GPUs; code that the driver still compiles (``compute_90``) on all that
+    are as new. Source: CUDA C++ Programming Guide, binary and PTX compatibility.
+    """
+    for architecture in architectures:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+        if found is None:
+            continue
+        kind, version = found[1], (int(found[2]), int(found[3]))
+        same_family = gpu.capability[0] == version[0] and gpu.capability >= version
+        if found[4] == "a":
+            fits = gpu.capability == version
+        elif kind == "compute" and not found[4]:
+            fits = gpu.capability >= version
+        else:
+            fits = same_family
+        if fits:
+            return True
+    return False
+
+
+def _precision(gpus: Sequence[Gpu]) -> Finding:
+    if not gpus:
+        text = "fp32; on a CPU bf16 and fp16 are slower"
+    elif all(gpu.capability >= _BF16 for gpu in gpus):
+        text = "bf16 is computed natively: set training.precision=bf16"
+    elif all(gpu.capability >= _FP16 for gpu in gpus):
+        text = "no bf16 of its own: set training.precision=fp16"
+    else:
+        text = "fp32; bf16 and fp16 gain little on GPUs this old"
+    return Finding("ok", "precision", text)
+
+
+def _processes(machine: Machine) -> Finding:
+    torch = machine.torch
+    parts = {"torchrun": torch.torchrun, "gloo": torch.gloo, "NCCL": torch.nccl}
+    text = ", ".join(f"{name} {'is there' if here else 'is not'}" for name, here in parts.items())
+    if len(torch.gpus) > 1 and not torch.nccl:
+        text += "; install a torch with NCCL to train on several GPUs"
+        return Finding("problem", "several processes", text)
+    if not torch.torchrun:
+        text += "; python -m torch.distributed.run is the same"
+    return Finding("ok", "several processes", text)
 
 
 def _imagenet() -> list[Finding]:

@@ -55,6 +55,9 @@ from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.preprocessing import PreprocessingConfig
 from medssl.transforms.sampling import CropSampler, SampleRequest
 
+LABEL = "backbone"
+"""What the one backbone of a run that only pretrains is called."""
+
 VALIDATION_FILE = "validation.json"
 """What the last validation found, beside the checkpoint: metrics, confusion matrices, health."""
 
@@ -173,7 +176,7 @@ def run(
     with joined(config.device) as ranks:
         index = Index.open(config.index).select(config.select)
         job = Pretraining(
-            "backbone", config.backbone, config.init, config.pretext, config,
+            LABEL, config.backbone, config.init, config.pretext, config,
             config.sampling, config.seed, select_device(config.device, ranks), ranks,
         )  # fmt: skip
         job.task().request(config.sampling.request())  # refuses crops before anything is written
@@ -326,7 +329,11 @@ def pretrain_backbone(
         seed=seed,
         device=job.device,
         augmentation=job.section.augmentation,
-        calls=replace(calls, bad_batches=lambda bad: _write_bad(folder, job.ranks.rank, bad)),
+        calls=replace(
+            calls,
+            bad_batches=lambda bad: _write_bad(folder, job.ranks.rank, bad),
+            profile=None if handle is None else profile_folder(folder, job.label),
+        ),
         ranks=job.ranks,
     )
     if handle is None:
@@ -364,6 +371,12 @@ def _calls(
         progress(f"pretrain {job.label}", step, training.steps, note)
 
     return Calls(log, watch.validate, lambda: state.save(folder))
+
+
+def profile_folder(checkpoint: Path, label: str) -> Path:
+    """Return where a run's profile goes: one of many pretrainings has a folder of its own."""
+    place = checkpoint.parents[1] / "profile"
+    return place if label == LABEL else place / label
 
 
 def _write_bad(folder: Path, rank: int, bad: list[BadBatch]) -> None:

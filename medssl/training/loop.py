@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -16,6 +17,7 @@ from medssl.training.feed import feed
 from medssl.training.interruption import Interruption
 from medssl.training.network import Network, Objective
 from medssl.training.optimization import build_optimizer
+from medssl.training.profiling import Profiler, Unprofiled, profiling
 from medssl.training.recomputation import recompute_blocks
 from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
@@ -57,12 +59,14 @@ class Calls:
         save: called at ``checkpoint_every``, after the last step, and before the training is left
             early; always with finite weights.
         bad_batches: receives the batches whose loss was not finite, before `DivergedError`.
+        profile: folder of what `TrainingConfig.profile` asks for; None in all but one process.
     """
 
     log: Callable[[int, dict[str, float]], None]
     validate: Callable[[int], dict[str, float]] | None = None
     save: Callable[[], object] | None = None
     bad_batches: Callable[[list[BadBatch]], object] | None = None
+    profile: Path | None = None
 
 
 def start_state(
@@ -138,8 +142,9 @@ def train(
         right_gradients(config, device),
         Interruption(config.max_minutes) as interruption,
         closing(feed(sampler, state.step, config.steps, share, config, device)) as samples,
+        profiling(calls.profile, config, device, config.steps - state.step) as profiler,
     ):
-        _run(state, step, samples, config, device, calls, ranks, interruption)
+        _run(state, step, samples, config, device, calls, ranks, interruption, profiler)
 
 
 def _run(
@@ -151,11 +156,13 @@ def _run(
     calls: Calls,
     ranks: Ranks,
     interruption: Interruption,
+    profiler: Profiler | Unprofiled,
 ) -> None:
     read: list[Sample] = []
     while state.step < config.steps:
         try:
-            used, rate = step.update(samples)
+            with profiler.step():
+                used, rate = step.update(samples)
         except MedsslError:  # a scan cannot be read; the state is whole: no step is under way
             _save(state, calls)
             raise

@@ -33,6 +33,8 @@ class TrainingConfig(OptimizationConfig, FeedConfig):
         checkpoint_every: steps between two training states; 0 for the last step alone.
         max_minutes: wall time after which the training saves its state and ends as on SIGTERM; the
             same command goes on. None for no limit.
+        profile: record a few steps of a pretraining, and write where their time went to
+            ``profile/`` in the run folder; what is trained stays the same.
     """
 
     steps: int = Field(gt=0)
@@ -47,6 +49,7 @@ class TrainingConfig(OptimizationConfig, FeedConfig):
     validate_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=0, ge=0)
     max_minutes: float | None = Field(default=None, gt=0)
+    profile: bool = False
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainingConfig:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from medssl.downstream.base import DownstreamBatch
@@ -41,6 +41,13 @@ class Config(ProtocolConfig):
     training: TrainingConfig = TrainingConfig(steps=300)
     augmentation: AugmentationConfig = AugmentationConfig()
     validation_slices: int = Field(default=8, gt=0)
+
+    @field_validator("training")
+    @classmethod
+    def _profile_pretraining_alone(cls, training: TrainingConfig) -> TrainingConfig:
+        if training.profile:
+            raise ValueError("profile records a pretraining; leave it out here")
+        return training
 
 
 class FineTune(Protocol):

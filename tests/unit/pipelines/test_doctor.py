@@ -4,42 +4,74 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import socket
-from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
-import torch
 
 from medssl.models.backbones.base import ImagenetWeights
 from medssl.models.backbones.timm import TimmBackbone
 from medssl.models.backbones.torchvision import TorchvisionBackbone
-from medssl.pipelines.doctor import Finding, examine
+from medssl.pipelines import doctor
+from medssl.pipelines.doctor import Finding, describe, examine, runs_on, suggested_workers
+from medssl.pipelines.machine import DiskRate, Gpu, Machine, Torch
 from studies import settings, write_config
 
-Usage = namedtuple("Usage", "total used free")
+BLACKWELL = Gpu("NVIDIA RTX PRO 6000 Blackwell", 102.0, (12, 0))
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 85.0, (8, 0))
+SLICE = Gpu("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5.0, (8, 0))
+V100 = Gpu("Tesla V100-SXM2-16GB", 17.0, (7, 0))
+PASCAL = Gpu("NVIDIA GeForce GTX 1080", 8.5, (6, 1))
+
+CUDA_12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+PLAIN = Machine(
+    cores=16, quota=None, memory_gb=64.0, disk_free_gb=500.0, shared_memory_gb=8.0,
+    open_files=65536, disk=DiskRate(900.0, 1200.0, "disk"), driver=None, visible_devices=None,
+    torch=Torch("13.0", (), (), nccl=True, gloo=True, torchrun=True),
+)  # fmt: skip
+
+
+def with_gpus(
+    *gpus: Gpu, cuda: str | None = "13.0", driver: str = "580.82.07", **facts: Any
+) -> Machine:
+    architectures = CUDA_12 if cuda and cuda.startswith("12") else CUDA_13
+    seen = Torch(cuda, architectures if gpus else (), gpus, nccl=True, gloo=True, torchrun=True)
+    return dataclasses.replace(PLAIN, driver=driver, torch=seen, **facts)
+
+
+def told(subject: str, machine: Machine) -> Finding:
+    (finding,) = [finding for finding in describe(machine) if finding.subject == subject]
+    return finding
+
+
+def subjects(machine: Machine) -> list[str]:
+    return [finding.subject for finding in describe(machine)]
+
+
+def problems(machine: Machine) -> list[str]:
+    return [finding.subject for finding in describe(machine) if finding.level == "problem"]
 
 
 def found(subject: str) -> Finding:
-    (finding,) = [finding for finding in examine() if finding.subject == subject]
+    (finding,) = [f for f in examine(machine=PLAIN) if f.subject == subject]
     return finding
 
 
 @pytest.fixture(autouse=True)
-def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gather", lambda folder: PLAIN)
 
 
 def test_every_subject_is_looked_at_once():
-    subjects = [finding.subject for finding in examine()]
-    assert len(subjects) == len(set(subjects))
-    assert {"packages", "cores", "memory", "disk", "GPU", "ImageNet weights", "MLflow"} <= set(
-        subjects
-    )
+    named = [finding.subject for finding in examine()]
+    assert len(named) == len(set(named))
+    assert {
+        "packages", "cores", "num_workers", "memory", "disk", "disk rate", "shared memory",
+        "open files", "GPU", "precision", "several processes", "ImageNet weights", "MLflow",
+    } <= set(named)  # fmt: skip
     assert all(finding.text for finding in examine())
 
 
@@ -49,42 +81,189 @@ def test_versions_name_what_results_depend_on():
 
 
 @pytest.mark.parametrize(("gigabytes", "level"), [(4, "note"), (64, "ok")])
-def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch, gigabytes: int, level: str):
-    memory = SimpleNamespace(total=gigabytes * 1e9)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert found("memory").level == level
-    assert found("memory").text.startswith(f"{gigabytes} GB")
+def test_little_memory_is_noted(gigabytes: int, level: str):
+    finding = told("memory", dataclasses.replace(PLAIN, memory_gb=float(gigabytes)))
+    assert finding.level == level
+    assert finding.text.startswith(f"{gigabytes} GB")
 
 
-def test_little_disk_and_shared_memory_are_noted(monkeypatch: pytest.MonkeyPatch):
-    little = Usage(total=64e6, used=0, free=2e9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
-    assert found("disk") == Finding(
+def test_little_disk_and_shared_memory_are_noted():
+    little = dataclasses.replace(PLAIN, disk_free_gb=2.0, shared_memory_gb=0.064)
+    assert told("disk", little) == Finding(
         "note", "disk", "2.0 GB free here; prepared scans may need more"
     )
-    if Path("/dev/shm").is_dir():
-        assert found("shared memory").level == "note"
-        assert "set num_workers to 0" in found("shared memory").text
+    assert told("shared memory", little).level == "note"
+    assert "set num_workers to 0" in told("shared memory", little).text
+    assert suggested_workers(little) == 0
 
 
-def test_a_machine_without_a_gpu_is_told_that_it_is_slower(monkeypatch: pytest.MonkeyPatch):
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: "nvidia" not in str(path) and exists(path))
-    assert found("GPU") == Finding("note", "GPU", "none; everything runs on the CPU, slower")
+def test_a_container_s_share_of_the_cores_is_told_and_counts():
+    machine = dataclasses.replace(PLAIN, quota=2.5)
+    assert told("cores", machine).text == "2 usable (the container's share is 2.5 of 16)"
+    assert told("cores", PLAIN).text == "16 usable"
+    assert dataclasses.replace(PLAIN, quota=0.5).usable_cores == 1
+    assert dataclasses.replace(PLAIN, quota=64.0).usable_cores == 16
 
 
-def test_a_driver_that_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch):
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: "nvidia" in str(path) or exists(path))
-    assert found("GPU").level == "problem"
-    assert "update the driver" in found("GPU").text
+@pytest.mark.parametrize(
+    ("limit", "level", "text"),
+    [
+        (256, "note", "256 at once; many workers need more: ulimit -n 4096"),
+        (1024, "ok", "1024 at once"),
+        (None, "ok", "no limit"),
+    ],
+)
+def test_few_open_files_are_noted(limit: int | None, level: str, text: str):
+    finding = told("open files", dataclasses.replace(PLAIN, open_files=limit))
+    assert (finding.level, finding.text) == (level, text)
 
 
-def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
-    assert found("GPU") == Finding("ok", "GPU", "card 0, card 1")
+@pytest.mark.parametrize(
+    ("rate", "level", "text"),
+    [
+        (None, "note", "not measured: the folder cannot be written"),
+        (DiskRate(80, 90, "disk"), "note", "put prepared scans (store) on a faster disk"),
+        (DiskRate(80, 900, "disk"), "ok", "read at 900 MB/s (read from the disk, not from the sys"),
+        (DiskRate(80, 9, "memory"), "ok", "read from the system's memory, which would not forget"),
+        (DiskRate(80, 9, "unknown"), "ok", "perhaps from the system's memory, which this disk doe"),
+    ],
+)
+def test_the_disk_rate_says_what_was_measured(rate: DiskRate | None, level: str, text: str):
+    finding = told("disk rate", dataclasses.replace(PLAIN, disk=rate))
+    assert finding.level == level
+    assert text in finding.text
+
+
+@pytest.mark.parametrize(
+    ("machine", "number"),
+    [
+        (with_gpus(A100), 8),
+        (with_gpus(A100, A100, A100, A100), 3),
+        (with_gpus(A100, cores=2), 1),
+        (PLAIN, 1),
+        (dataclasses.replace(PLAIN, cores=2), 0),
+    ],
+)
+def test_workers_are_suggested_by_the_cores_of_each_process(machine: Machine, number: int):
+    assert f"training.num_workers={number} (" in told("num_workers", machine).text
+
+
+# ------------------------------------------------------------------------------------------ GPUs
+
+
+def test_a_machine_without_a_gpu_is_told_that_it_is_slower():
+    assert told("GPU", PLAIN) == Finding("note", "GPU", "none; everything runs on the CPU, slower")
+    assert not problems(PLAIN)
+
+
+def test_a_gpu_is_named_with_its_memory_driver_and_build():
+    assert told("GPU", with_gpus(A100)) == Finding(
+        "ok", "GPU", "NVIDIA A100-SXM4-80GB (85 GB); driver 580.82.07, torch built for CUDA 13.0"
+    )
+    assert not problems(with_gpus(A100))
+
+
+def test_a_new_gpu_and_an_old_wheel_are_a_problem():
+    finding = told("GPU kernels", with_gpus(BLACKWELL, cuda="12.4"))
+    assert finding.level == "problem"
+    assert finding.text == (
+        "this torch has no kernels for sm_120 (it has sm_50, sm_60, sm_70, sm_75, sm_80, sm_86, "
+        "sm_90). Install one that has: a newer one for a new GPU (https://pytorch.org), an older "
+        "one for an old GPU; or set device=cpu"
+    )
+    assert not problems(with_gpus(BLACKWELL))
+
+
+def test_an_old_gpu_and_a_new_wheel_are_a_problem():
+    assert problems(with_gpus(PASCAL)) == ["GPU kernels"]
+    assert not problems(with_gpus(PASCAL, cuda="12.4"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "runs"),
+    [
+        ((8, 6), "sm_80", True),  # same major version, later minor one
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_80", False),
+        ((9, 0), "compute_80", True),  # the driver compiles it
+        ((8, 0), "compute_90", False),
+        ((12, 0), "sm_120", True),
+        ((12, 1), "sm_120", True),
+        ((10, 0), "sm_100a", True),
+        ((10, 3), "sm_100a", False),
+        ((10, 3), "sm_100f", True),
+        ((11, 0), "sm_100f", False),
+        ((9, 0), "gfx90a", False),
+    ],
+)
+def test_code_runs_on_the_gpus_that_nvidia_says(
+    capability: tuple[int, int], architecture: str, runs: bool
+):
+    assert runs_on(Gpu("any", 8.0, capability), [architecture]) is runs
+
+
+def test_a_driver_that_is_too_old_is_a_problem():
+    machine = with_gpus(driver="470.82.01", cuda="12.8")
+    assert told("GPU", machine) == Finding(
+        "problem",
+        "GPU",
+        "NVIDIA's driver 470.82.01 is there, and torch sees no device: built for CUDA 12.8 it "
+        "needs driver 525.60.13 or later. Update the driver, or install a torch built for an older "
+        "CUDA",
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "text"),
+    [
+        (with_gpus(cuda=None), "it is a build without CUDA. Install one with it"),
+        (with_gpus(visible_devices=""), "CUDA_VISIBLE_DEVICES='' hides all. Unset it"),
+        (with_gpus(), "Give the container the device (docker run --gpus all)"),
+        (with_gpus(driver="unknown"), "built for CUDA 13.0 it needs driver 580.65.06 or later"),
+    ],
+)
+def test_a_driver_without_a_device_is_a_problem_with_its_reason(machine: Machine, text: str):
+    assert told("GPU", machine).level == "problem"
+    assert text in told("GPU", machine).text
+
+
+def test_a_slice_of_a_gpu_is_noted():
+    assert told("MIG", with_gpus(SLICE)).level == "note"
+    assert "Start one process, without torchrun" in told("MIG", with_gpus(SLICE)).text
+    assert "MIG" not in subjects(with_gpus(A100))
+
+
+def test_gpus_that_differ_are_noted():
+    assert "the weakest" in told("GPUs", with_gpus(A100, V100, cuda="12.4")).text
+    assert "GPUs" not in subjects(with_gpus(A100, A100))
+
+
+@pytest.mark.parametrize(
+    ("machine", "text"),
+    [
+        (with_gpus(A100), "set training.precision=bf16"),
+        (with_gpus(A100, V100), "set training.precision=fp16"),
+        (with_gpus(PASCAL), "bf16 and fp16 gain little"),
+        (PLAIN, "on a CPU bf16 and fp16 are slower"),
+    ],
+)
+def test_the_precision_is_one_that_every_gpu_has(machine: Machine, text: str):
+    assert text in told("precision", machine).text
+
+
+def test_several_gpus_need_nccl():
+    torch_of = with_gpus(A100, A100).torch
+    bare = dataclasses.replace(torch_of, nccl=False, torchrun=False)
+    machine = dataclasses.replace(PLAIN, torch=bare)
+    assert told("several processes", machine).level == "problem"
+    assert "NCCL is not; install a torch with NCCL" in told("several processes", machine).text
+    assert (
+        told("several processes", PLAIN).text == "torchrun is there, gloo is there, NCCL is there"
+    )
+    one = dataclasses.replace(PLAIN, torch=dataclasses.replace(bare, gpus=()))
+    assert told("several processes", one).text.endswith(
+        "python -m torch.distributed.run is the same"
+    )
 
 
 # ------------------------------------------------------------------------------- ImageNet weights

@@ -61,3 +61,14 @@ def test_the_folder_and_the_page_say_what_was_trained_on(run_folder):
     assert facts["test_patients_in_pool"] == 0
     page = text_of((run_folder / "report.html").read_text(encoding="utf-8"))
     assert f"Patients in the pretraining pool {len(splits.train)}" in page
+
+
+def test_one_of_several_pretrainings_has_a_profile_of_its_own(tmp_path: Path):
+    places = {
+        label: pretrain.profile_folder(tmp_path / "checkpoints" / label, label)
+        for label in ("backbone", "rotation")
+    }
+    assert places == {
+        "backbone": tmp_path / "profile",
+        "rotation": tmp_path / "profile" / "rotation",
+    }
