@@ -29,7 +29,10 @@ FLAT = {"name": "monai", "depth": 10, "spatial_dims": 2, "base_channels": 4}
 INFLATED = {"name": "inflated", "backbone": FLAT}
 IMAGENET = ComponentConfig(name="imagenet")
 ROTATION = RotationConfig()
-EARLIER = {"init": {"name": "imagenet"}, "pretext": {"name": "jigsaw"}}
+EARLIER = {
+    "init": {"name": "imagenet"}, "pretext": {"name": "jigsaw"}, "steps": 10, "seed": 0,
+    "index_digest": "a" * 64, "weights_sha256": "b" * 64,
+}  # fmt: skip
 LINEAGE = "inflated ImageNet → jigsaw → rotation"
 
 
