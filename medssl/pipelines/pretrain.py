@@ -44,7 +44,7 @@ from medssl.scans.splits import Splits, make_splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.devices import select_device
-from medssl.training.distributed import Ranks, joined
+from medssl.training.distributed import Ranks, joined, peers_needed
 from medssl.training.loop import BadBatch, Calls, start_state, train
 from medssl.training.monitor import judge, summary
 from medssl.training.network import build_network
@@ -171,6 +171,7 @@ def run(
     """
     check_same_config(out, config, resume=resume)
     with joined(config.device) as ranks:
+        config.training.micro_batches(ranks.size)  # refuses a batch before anything is written
         index = Index.open(config.index).select(config.select)
         job = Pretraining(
             "backbone", config.backbone, config.init, config.pretext, config,
@@ -180,7 +181,8 @@ def run(
         if ranks.leads:
             _lead(job, config, index, out, resume, progress)
         else:
-            _follow(job, config, index, out)
+            with peers_needed():
+                _follow(job, config, index, out)
     return out
 
 
@@ -195,7 +197,7 @@ def _lead(
     """Prepare, pretrain, and write all there is to write."""
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
-        with tracker.run("pretrain/backbone", params=job.parameters()) as handle:
+        with tracker.run("pretrain/backbone", params=job.parameters()) as handle, peers_needed():
 
             def prepared() -> tuple[Store, Splits]:
                 store = _prepared(config, index, progress)

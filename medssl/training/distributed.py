@@ -9,21 +9,28 @@ writes files and tracks.
 
 from __future__ import annotations
 
+import inspect
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medssl.errors import ConfigError, MachineError
+from medssl.errors import AbandonedError, ConfigError, MachineError
+from medssl.training.launch import first_to_end, launched
 
-_DAY = timedelta(days=1)
-"""How long processes wait for the leader: indexing and preparing an archive takes hours."""
+_ASK_SECONDS = 0.1
+"""How often processes look whether the leader is done; preparing an archive takes hours."""
+
+_LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""What the errors of collectives have in them; PyTorch gives those of gloo no class of their own."""
 
 _DONE, _FAILED = "done", "failed"
 
@@ -69,16 +76,17 @@ class Ranks:
             work: must find what is already done and not do it twice.
 
         Raises:
-            MachineError: on the others, if the leader failed; its own error says why.
+            AbandonedError: on the others, if the leader failed; its own error says why.
         """
         if self.size == 1:
             return work()
         store = distributed.distributed_c10d._get_default_store()
         key = f"medssl/{name}"
         if not self.leads:
-            store.wait([key], _DAY)
+            while not store.check([key]):
+                time.sleep(_ASK_SECONDS)  # not store.wait: signals would wait as well
             if store.get(key).decode() == _FAILED:
-                raise MachineError(f"process {self.rank} stops: process 0 failed at {name!r}.")
+                raise AbandonedError(f"process {self.rank} stops: process 0 failed at {name!r}.")
             return work()
         try:
             found = work()
@@ -89,9 +97,39 @@ class Ranks:
         return found
 
 
-def launched() -> bool:
-    """Return whether torchrun, or another launcher of PyTorch's kind, started this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+class Vote:
+    """Lets all processes know, a step later, the highest of the values that each of them gave.
+
+    It runs on the CPU beside the step, so that nobody waits for it: what is given at one step is
+    known at the next, and at the same step in every process.
+
+    Args:
+        ranks: the processes; every one must ask at every step.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._given: Tensor | None = None
+        self._under_way: distributed.Work | None = None
+
+    def highest(self, value: int) -> int:
+        """Give a value; return the highest of those given the last time, 0 the first time.
+
+        A process that is alone hears its own at once.
+        """
+        if self._ranks.size == 1:
+            return value
+        found = 0
+        if self._given is not None and self._under_way is not None:
+            self._under_way.wait()
+            found = int(self._given)
+        if found:
+            return found
+        self._given = torch.tensor(int(value))
+        self._under_way = distributed.all_reduce(
+            self._given, distributed.ReduceOp.MAX, async_op=True
+        )
+        return found
 
 
 @contextmanager
@@ -104,6 +142,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: a single GPU is named, which all processes would share.
         MachineError: there are more processes than GPUs on this machine.
+        AbandonedError: another process ended; it says itself why, if it can.
     """
     if not launched():
         yield Ranks()
@@ -122,11 +161,51 @@ def joined(device: str) -> Iterator[Ranks]:
         )
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    with _mortal(), peers_needed():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), local_rank)
+    except AbandonedError:
+        raise
+    except Exception:
+        first_to_end()  # claimed before the others see the connection close
+        raise
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def peers_needed() -> Iterator[None]:
+    """Say in one line what a collective says at length when another process has ended.
+
+    Raises:
+        AbandonedError: another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and not any(
+            word in str(error) for word in _LOST_PEER
+        ):
+            raise
+        raise AbandonedError(
+            "another process of this training ended, and the others cannot go on without it. "
+            "Start the same command again: it goes on from the last checkpoint. "
+            "(torchrun --max-restarts does so by itself.)"
+        ) from None
+
+
+@contextmanager
+def _mortal() -> Iterator[None]:
+    """Let SIGTERM end the process at once: PyTorch waits for the others and hears no signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
@@ -137,8 +216,11 @@ def parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.size == 1:
         return network
+    # Newer PyTorch calls it by another name, and warns of the old one.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
-        network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+        network, find_unused_parameters=True, gradient_as_bucket_view=True, **{buffers: False}
     )
 
 

@@ -11,9 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medssl.errors import DivergedError, MedsslError
 from medssl.training.devices import right_gradients
-from medssl.training.distributed import Ranks, synchronised
+from medssl.training.distributed import Ranks, Vote, synchronised
 from medssl.training.feed import feed
-from medssl.training.interruption import Interruption
+from medssl.training.interruption import Interruption, Stop
 from medssl.training.network import Network, Objective
 from medssl.training.optimization import build_optimizer
 from medssl.training.recomputation import recompute_blocks
@@ -109,7 +109,7 @@ def train(
     """Train from ``state.step`` to ``config.steps``.
 
     Ctrl-C, SIGTERM and `TrainingConfig.max_minutes` end the step that is under way, save, and then
-    raise; with several processes, at the next line of the journal, where they meet anyway.
+    raise; with several processes, all of them after the same step.
 
     Args:
         state: what moves; a loaded one goes on bitwise as if it had not stopped (same device).
@@ -153,6 +153,7 @@ def _run(
     interruption: Interruption,
 ) -> None:
     read: list[Sample] = []
+    vote = Vote(ranks)
     while state.step < config.steps:
         try:
             used, rate = step.update(samples)
@@ -167,9 +168,7 @@ def _run(
         )
         saving = calls.save is not None and (last or _due(state.step, config.checkpoint_every))
         meeting = last or validating or saving or _due(state.step, config.log_every)
-        stopping = interruption.wanted
-        if ranks.size > 1:
-            stopping = meeting and ranks.any(stopping, device)
+        stopping = Stop.NO if last else Stop(vote.highest(interruption.wanted))
         if meeting or stopping:
             _refuse_bad_batches(step, read, state.step, calls, ranks, device)
             means = {f"train/{name}": value for name, value in step.meter.read().items()}
@@ -182,8 +181,8 @@ def _run(
             calls.log(state.step, {f"val/{name}": value for name, value in found.items()})
         if saving or stopping:
             _save(state, calls)
-        if stopping and not last:
-            raise interruption.error()
+        if stopping:
+            raise interruption.error(stopping)
 
 
 def _due(step: int, every: int) -> bool:
