@@ -122,6 +122,53 @@ def pretrain(
 @cli.command()
 @_CONFIG
 @_OVERRIDES
+@_out("Run folder. Default: runs/pretrain.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option(
+    "--gpus-per-node", type=click.IntRange(min=0), default=1, show_default=True,
+    help="GPUs of each machine, one process a GPU; 0 computes on CPUs.",
+)
+@click.option(
+    "--processes-per-node", type=click.IntRange(min=1),
+    help="Processes on each machine, if not one a GPU.",
+)
+@click.option(
+    "--cpus-per-task", type=click.IntRange(min=1), default=8, show_default=True,
+    help="Cores of each machine, for all its processes together.",
+)
+@click.option("--time", default="24:00:00", show_default=True, help="Of one turn, as Slurm has it.")
+@click.option("--partition", help="Slurm's partition.")
+@click.option("--account", help="Slurm's account.")
+@click.option("--container", metavar="IMAGE", help="Run in this image, with Apptainer.")
+@click.option("--file", type=_PATH, help="Where to write it. Default: print it.")
+@_JSON
+def slurm(
+    config: Path, overrides: tuple[str, ...], out: Path | None, file: Path | None, as_json: bool,
+    **job: Any,
+) -> None:  # fmt: skip
+    """Write the batch file that pretrains under Slurm, and goes on until it is done.
+
+    \b
+    medssl slurm configs/pretrain/rotation_3d.yaml --out runs/rotation --nodes 2 \\
+      --gpus-per-node 4 --time 12:00:00 --file rotation.sbatch
+    sbatch rotation.sbatch
+    """
+    from medssl.pipelines import slurm as pipeline
+
+    script = pipeline.build(config, overrides, out or Path("runs/pretrain"), pipeline.Job(**job))
+    if file is not None:
+        pipeline.write(script, file)
+    if as_json:
+        _print({"file": None if file is None else str(file), "script": script}, as_json)
+    elif file is None:
+        click.echo(script, nl=False)
+    else:
+        click.echo(f"Batch file: {file} (submit it with: sbatch {file})")
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
 @_out("Run folder. Default: runs/transfer.")
 @_RESUME
 @_DRY_RUN
@@ -778,7 +825,7 @@ def main() -> NoReturn:
         _tell("\nInterrupted. Give the same command again to go on.")
         sys.exit(_INTERRUPTED)
     except Terminated as stop:
-        _tell(f"{stop or 'Terminated.'} Give the same command again to go on.")
+        _tell(f"{str(stop) or 'Terminated.'} Give the same command again to go on.")
         # torchrun would start the processes of a training again that its time limit ended.
         sys.exit(0 if by_torchrun() and stop.is_planned else stop.exit_code)
     except MedsslError as error:

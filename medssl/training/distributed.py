@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medssl.errors import AbandonedError, ConfigError, MachineError
-from medssl.training.launch import first_to_end, launched
+from medssl.training.launch import first_to_end, ignore_termination, launched
 
 _ASK_SECONDS = 0.1
 """How often processes look whether the leader is done; preparing an archive takes hours."""
@@ -90,7 +90,8 @@ class Ranks:
             return work()
         try:
             found = work()
-        except BaseException:
+        except BaseException as error:
+            _end_early(error)
             store.set(key, _FAILED)
             raise
         store.set(key, _DONE)
@@ -165,10 +166,8 @@ def joined(device: str) -> Iterator[Ranks]:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), local_rank)
-    except AbandonedError:
-        raise
-    except Exception:
-        first_to_end()  # claimed before the others see the connection close
+    except Exception as error:
+        _end_early(error)
         raise
     finally:
         distributed.destroy_process_group()
@@ -187,12 +186,24 @@ def peers_needed() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and not any(
             word in str(error) for word in _LOST_PEER
         ):
+            _end_early(error)
             raise
+        ignore_termination()
         raise AbandonedError(
             "another process of this training ended, and the others cannot go on without it. "
             "Start the same command again: it goes on from the last checkpoint. "
             "(torchrun --max-restarts does so by itself.)"
         ) from None
+    except Exception as error:
+        _end_early(error)
+        raise
+
+
+def _end_early(error: BaseException) -> None:
+    """Claim that the error of this process is the cause, before the others see it leave."""
+    if isinstance(error, Exception) and not isinstance(error, AbandonedError):
+        first_to_end()
+    ignore_termination()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ then it ends the other processes by SIGTERM and, where it may, starts all of the
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from datetime import timedelta
 from functools import lru_cache
 
@@ -51,3 +53,9 @@ def first_to_end() -> bool:
         return bool(store.add(f"medssl/ended/{attempt}", 1) == 1)
     except (DistError, RuntimeError):  # torchrun itself is gone: better twice than not at all
         return True
+
+
+def ignore_termination() -> None:
+    """Let a process that is ending for another reason end in peace: torchrun sends it SIGTERM."""
+    if by_torchrun() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
