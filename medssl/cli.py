@@ -125,15 +125,22 @@ def pretrain(
 @_out("Run folder. Default: runs/pretrain.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option(
-    "--gpus-per-node", type=click.IntRange(min=0), default=1, show_default=True,
+    "--gpus-per-node",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
     help="GPUs of each machine, one process a GPU; 0 computes on CPUs.",
 )
 @click.option(
-    "--processes-per-node", type=click.IntRange(min=1),
+    "--processes-per-node",
+    type=click.IntRange(min=1),
     help="Processes on each machine, if not one a GPU.",
 )
 @click.option(
-    "--cpus-per-task", type=click.IntRange(min=1), default=8, show_default=True,
+    "--cpus-per-task",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
     help="Cores of each machine, for all its processes together.",
 )
 @click.option("--time", default="24:00:00", show_default=True, help="Of one turn, as Slurm has it.")

@@ -112,7 +112,9 @@ def process_of(rank: int, torchrun: subprocess.Popen[str]) -> psutil.Process:
 
 def told(printed: str) -> list[str]:
     """Return the lines by medssl, without those of torchrun."""
-    return [line for line in printed.splitlines() if "Error: " in line and "ChildFailed" not in line]
+    return [
+        line for line in printed.splitlines() if "Error: " in line and "ChildFailed" not in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     config = write_config(folder / "rotation.yaml", content)
     indexed = medssl("index", archive / "images", "--out", "index", "--no-audit", cwd=folder)
     assert indexed.returncode == 0, indexed.stderr
-    done = medssl(
-        "pretrain", config, "training.micro_batch_size=2", "--out", "alone", cwd=folder
-    )
+    done = medssl("pretrain", config, "training.micro_batch_size=2", "--out", "alone", cwd=folder)
     assert done.returncode == 0, done.stderr
     return Place(folder, config, folder / "alone")
 

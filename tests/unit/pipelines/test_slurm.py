@@ -21,9 +21,7 @@ def script(*overrides: str, **job: Any) -> str:
 
 
 def syntax(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-n"], input=text, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
