@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,7 +30,7 @@ _ASK_SECONDS = 0.1
 """How often processes look whether the leader is done; preparing an archive takes hours."""
 
 _LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""What the errors of collectives have in them; PyTorch gives those of gloo no class of their own."""
+"""Words of the errors of collectives; PyTorch gives those of gloo no class of their own."""
 
 _DONE, _FAILED = "done", "failed"
 
@@ -229,9 +229,10 @@ def parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
         return network
     # Newer PyTorch calls it by another name, and warns of the old one.
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    newer = "forward_sync_buffers" in known
+    buffers: Any = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(
-        network, find_unused_parameters=True, gradient_as_bucket_view=True, **{buffers: False}
+        network, find_unused_parameters=True, gradient_as_bucket_view=True, **buffers
     )
 
 

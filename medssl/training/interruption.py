@@ -42,8 +42,8 @@ class Stop(IntEnum):
 class Interruption:
     """Holds signals back until the training asks for them; used in a ``with`` statement.
 
-    The second signal is not held back, but under torchrun. Signals reach Python's main thread alone, so in another
-    thread nothing is held back, and time limits alone apply.
+    The second signal is not held back, but under torchrun. Signals reach Python's main thread
+    alone, so in another thread nothing is held back, and time limits alone apply.
 
     Args:
         max_minutes: wall time of the block, after which it is interrupted too; None for no limit.

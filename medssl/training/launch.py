@@ -42,7 +42,7 @@ def first_to_end() -> bool:
         return True
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return rank() == 0
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
