@@ -7,6 +7,7 @@ from collections.abc import Generator
 import torch
 from torch.utils.data import DataLoader
 
+from medssl.training.interruption import leave_signals_to_the_trainer
 from medssl.training.settings import TrainingConfig
 from medssl.transforms.sampling import CropSampler, Sample, Share
 
@@ -26,6 +27,7 @@ def feed(
         shuffle=False,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_trainer,
     )
     for sample in loader:
         yield sample.to(device, non_blocking=True)

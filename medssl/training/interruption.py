@@ -30,6 +30,16 @@ class TimeUp(Terminated):
     is_planned = True
 
 
+def leave_signals_to_the_trainer(_: int) -> None:
+    """Let a worker of the loader go on reading when a signal comes: `worker_init_fn`.
+
+    Terminals, Slurm and torchrun signal the whole group, workers included, and a step that is to be
+    finished needs its crops. Workers end when the trainer closes the loader, or dies.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop(IntEnum):
     """Why a training is to stop; of several reasons, the highest counts."""
 

@@ -203,7 +203,8 @@ def test_a_signal_stops_all_after_one_step_and_another_number_goes_on(place: Pla
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     run = place.folder / "parts" / "run"
-    options = ["training.micro_batch_size=1", "tracking.mlflow=true", "--out", "parts/run"]
+    options = ["training.micro_batch_size=1", "training.num_workers=1", "tracking.mlflow=true"]
+    options += ["--out", "parts/run"]
     stopped: list[int] = []
     for processes in (2, 4):
         before = last_step(run)
