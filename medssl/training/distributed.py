@@ -68,6 +68,23 @@ class Ranks:
             return value
         return bool(self.sum(torch.tensor(float(value), device=device)) > 0)
 
+    def check_same_start(self, step: int) -> None:
+        """Make sure that all processes found the same training state; every one must ask.
+
+        Raises:
+            MachineError: they did not: the run folder is not the same one everywhere.
+        """
+        if self.size == 1:
+            return
+        ends = torch.tensor([step, -step])
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+        last, first = int(ends[0]), -int(ends[1])
+        if first != last:
+            raise MachineError(
+                f"the processes of this training start from different states, from step {first} to "
+                f"step {last}. Give an --out that every machine sees as the same folder."
+            )
+
     def leader_first(self, name: str, work: Callable[[], T]) -> T:
         """Let the leader do what all need (prepare scans, read an index), then the others.
 

@@ -123,11 +123,13 @@ def train(
         ranks: the processes that share each step; None: this one alone.
 
     Raises:
+        MachineError: processes start from different states.
         DivergedError: the loss or a weight is not finite; the last saved state is still good.
         KeyboardInterrupt, Terminated: the training was interrupted, and is saved.
         MedsslError: a scan cannot be read any more; the training is saved.
     """
     ranks = ranks or Ranks()
+    ranks.check_same_start(state.step)
     state.micro_batches = config.micro_batches(ranks.size, state.micro_batches)
     share = Share(config.global_batch_size, state.micro_batches, ranks.rank, ranks.size)
     step = Step(
