@@ -13,6 +13,7 @@ from pydantic import Field
 
 from medssl.atomic import atomic_write
 from medssl.config import ComponentConfig, Config, component
+from medssl.errors import MachineError
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
@@ -227,10 +228,15 @@ def _lead(
 def _follow(job: Pretraining, config: PretrainConfig, index: Index, out: Path) -> None:
     """Compute this process's part of every step, and write nothing."""
     store = job.ranks.leader_first("prepare", lambda: _prepared(config, index, silent))
+    splits = out / "splits.json"
+    if not splits.is_file():
+        raise MachineError(
+            f"process {job.ranks.rank} does not see the run folder that process 0 writes. Give an "
+            "--out that every machine sees as the same folder."
+        )
     pretrain_backbone(
-        job, index, store, Splits.read(out / "splits.json"), out / "checkpoints" / "backbone",
-        None, silent, None,
-    )  # fmt: skip
+        job, index, store, Splits.read(splits), out / "checkpoints" / "backbone", None, silent, None
+    )
 
 
 def _prepared(config: PretrainConfig, index: Index, progress: Progress) -> Store:

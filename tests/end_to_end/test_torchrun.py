@@ -264,3 +264,22 @@ def test_bad_input_is_told_once(place: Place, command: str, arguments: list[str]
     assert "Terminated" not in err
     assert "medssl/cli.py" not in err  # no traceback of ours
     assert not (place.folder / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_the_others_do_not_see_is_told(place: Place, tmp_path: Path):
+    # Each process has a working folder of its own, as machines without a shared disk have.
+    starter = (
+        "import os, sys; place = sys.argv[1] + os.environ['RANK']; os.makedirs(place); "
+        "os.chdir(place); os.execv(sys.executable, [sys.executable, '-m', *sys.argv[2:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "--no-python", sys.executable, "-c", starter, str(tmp_path / "machine"), "medssl",
+         "pretrain", str(place.config), f"index={place.folder / 'index'}", "--out", "run"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = told(done.stderr)
+    assert line.startswith("MachineError: process 1 does not see the run folder")
