@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ def joined(device: str) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     with _mortal(), peers_needed():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        distributed.init_process_group(backend, **_meeting_place())
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), local_rank)
     except Exception as error:
@@ -188,6 +190,52 @@ def joined(device: str) -> Iterator[Ranks]:
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Return where processes find each other: a part of torchrun's store for this start alone.
+
+    torchrun (of PyTorch 2.14) keeps one store over all restarts, and a process that finds the
+    addresses of an earlier start there waits for them for half an hour. Other launchers keep none.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+        is_master=False, wait_for_workers=False,
+    )  # fmt: skip
+    start = common_name(store, rank, size)
+    own = distributed.PrefixStore(  # type: ignore[attr-defined]
+        f"medssl/{common_name(store, rank, size)}", store
+    )
+    return {"store": own, "rank": rank, "world_size": size}
+
+
+def common_name(store: Any, rank: int, size: int) -> str:
+    """Let processes that start together agree on a name that no earlier start had.
+
+    Each says hello by a word of its own, and the leader answers each word with the name, until all
+    have thanked for it: words of an earlier start are answered too, and nobody hears it.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"medssl/hello/{rank}", word)
+        while not store.check([f"medssl/answer/{word}"]):
+            time.sleep(_ASK_SECONDS)
+        name = str(store.get(f"medssl/answer/{word}").decode())
+        store.set(f"medssl/thanks/{name}/{rank}", "")
+        return name
+    name = uuid.uuid4().hex
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"medssl/thanks/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"medssl/hello/{other}"]):
+                store.set(f"medssl/answer/{store.get(f'medssl/hello/{other}').decode()}", name)
+        time.sleep(_ASK_SECONDS)
+    return name
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch import distributed
 
 from medssl.errors import AbandonedError, DataError, MachineError
 from medssl.training import launch
-from medssl.training.distributed import Ranks, Vote, peers_needed
+from medssl.training.distributed import Ranks, Vote, common_name, peers_needed
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +89,16 @@ def test_a_process_that_fails_by_itself_is_left_to_say_so(monkeypatch: pytest.Mo
     finally:
         signal.signal(signal.SIGTERM, before)
     assert launch.first_to_end.cache_info().currsize == 1  # claimed
+
+
+def test_processes_that_start_together_agree_on_a_new_name_each_time():
+    store = distributed.HashStore()
+    names = []
+    for size in (3, 3, 2):  # words of earlier starts stay in the store
+        with ThreadPoolExecutor(size) as together:
+            found = list(
+                together.map(lambda rank, n=size: common_name(store, rank, n), range(size))
+            )
+        assert len(set(found)) == 1
+        names += found[:1]
+    assert len(set(names)) == 3
