@@ -5,12 +5,14 @@ Exit codes: 0 ok, 2 usage or config, 3 data, 4 environment, 5 diverged, 130/143 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,6 +21,7 @@ import click
 
 from medssl import __version__
 from medssl.errors import ConfigError, DataError, MachineError, MedsslError, Terminated
+from medssl.training.launch import by_torchrun, first_to_end, launched, rank
 
 _INTERRUPTED = 130
 
@@ -50,6 +53,11 @@ def cli(context: click.Context, debug: bool) -> None:
     A command that was interrupted goes on when it is given again.
     """
     context.obj = {"debug": debug}
+    if launched() and by_torchrun() and context.invoked_subcommand != "pretrain":
+        raise ConfigError(
+            f"torchrun started several processes of medssl {context.invoked_subcommand}, and only "
+            "medssl pretrain shares its work among them. Start it without torchrun."
+        )
 
 
 @cli.command()
@@ -116,6 +124,60 @@ def pretrain(
         if not as_json:
             click.echo(table.read_text(encoding="utf-8"))
     _print(facts, as_json)
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_out("Run folder. Default: runs/pretrain.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option(
+    "--gpus-per-node",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="GPUs of each machine, one process a GPU; 0 computes on CPUs.",
+)
+@click.option(
+    "--processes-per-node",
+    type=click.IntRange(min=1),
+    help="Processes on each machine, if not one a GPU.",
+)
+@click.option(
+    "--cpus-per-task",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Cores of each machine, for all its processes together.",
+)
+@click.option("--time", default="24:00:00", show_default=True, help="Of one turn, as Slurm has it.")
+@click.option("--partition", help="Slurm's partition.")
+@click.option("--account", help="Slurm's account.")
+@click.option("--container", metavar="IMAGE", help="Run in this image, with Apptainer.")
+@click.option("--file", type=_PATH, help="Where to write it. Default: print it.")
+@_JSON
+def slurm(
+    config: Path, overrides: tuple[str, ...], out: Path | None, file: Path | None, as_json: bool,
+    **job: Any,
+) -> None:  # fmt: skip
+    """Write the batch file that pretrains under Slurm, and goes on until it is done.
+
+    \b
+    medssl slurm configs/pretrain/rotation_3d.yaml --out runs/rotation --nodes 2 \\
+      --gpus-per-node 4 --time 12:00:00 --file rotation.sbatch
+    sbatch rotation.sbatch
+    """
+    from medssl.pipelines import slurm as pipeline
+
+    script = pipeline.build(config, overrides, out or Path("runs/pretrain"), pipeline.Job(**job))
+    if file is not None:
+        pipeline.write(script, file)
+    if as_json:
+        _print({"file": None if file is None else str(file), "script": script}, as_json)
+    elif file is None:
+        click.echo(script, nl=False)
+    else:
+        click.echo(f"Batch file: {file} (submit it with: sbatch {file})")
 
 
 @cli.command()
@@ -764,31 +826,60 @@ def pretext_audit(
 
 
 def main() -> NoReturn:
-    """Run the command line, and turn errors into messages and exit codes."""
+    """Run the command line, and turn errors into messages and exit codes.
+
+    Of several processes of torchrun the first alone shows progress and results, and the one that
+    ends first says why.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     debug = "--debug" in sys.argv[1:]
+    if launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each process warns
     try:
-        cli.main(standalone_mode=False)
+        with _silence(wanted=rank() > 0 and not debug):
+            cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if first_to_end():
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nInterrupted. Give the same command again to go on.", err=True)
+        _tell("\nInterrupted. Give the same command again to go on.")
         sys.exit(_INTERRUPTED)
     except Terminated as stop:
-        click.echo("Terminated. Give the same command again to go on.", err=True)
-        sys.exit(stop.exit_code)
+        _tell(f"{str(stop) or 'Terminated.'} Give the same command again to go on.")
+        # torchrun would start the processes of a training again that its time limit ended.
+        sys.exit(0 if by_torchrun() and stop.is_planned else stop.exit_code)
     except MedsslError as error:
         if debug:
             raise
-        click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        _tell(f"{type(error).__name__}: {error}", fg="red")
         sys.exit(error.exit_code)
     except Exception as error:
         if debug:
             raise
-        click.secho(_unforeseen(error), fg="red", err=True)
+        _tell(_unforeseen(error), fg="red")
         sys.exit(MachineError.exit_code if _is_full(error) else MedsslError.exit_code)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _silence(*, wanted: bool) -> Iterator[None]:
+    """Drop what is printed and warned of inside the block, if wanted."""
+    if not wanted:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _tell(message: str, fg: str | None = None) -> None:
+    """Print why the command ends, once for all processes."""
+    if first_to_end():
+        click.secho(message, fg=fg, err=True)
 
 
 def _is_full(error: Exception) -> bool:
@@ -812,6 +903,8 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    if by_torchrun():  # which sends the signal once more, and would disturb what is being ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 

@@ -59,6 +59,10 @@ class MachineError(MedsslError):
     exit_code = 4
 
 
+class AbandonedError(MachineError):
+    """Another process of the same training ended, and this one cannot go on alone."""
+
+
 class DivergedError(MedsslError):
     """Training produced a value that is not finite."""
 
@@ -66,6 +70,11 @@ class DivergedError(MedsslError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread so that every `finally` runs."""
+    """SIGTERM arrived; raised in the main thread so that every `finally` runs.
+
+    Attributes:
+        is_planned: a time limit of the config ended the work, and no signal.
+    """
 
     exit_code = 143
+    is_planned = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from medssl.errors import MachineError
 from medssl.scans.store import Store
 from medssl.training.distributed import joined
 from training import EVERY_TASK, Training, configured, pretext_task
@@ -19,6 +20,11 @@ SETTINGS = {"steps": 3, "global_batch_size": 8}
 
 def main(store: Store, out: Path) -> None:
     with joined("cpu") as ranks:
+        ranks.check_same_start(7)
+        try:
+            ranks.check_same_start(5 * ranks.rank)
+        except MachineError as error:
+            (out / f"apart-{ranks.rank}.txt").write_text(str(error))
         for name, dims in EVERY_TASK:
             training = Training(store, pretext_task(name, dims), configured(**SETTINGS))
             seen: list[str] = []

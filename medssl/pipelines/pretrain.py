@@ -13,6 +13,7 @@ from pydantic import Field
 
 from medssl.atomic import atomic_write
 from medssl.config import ComponentConfig, Config, component
+from medssl.errors import MachineError
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
@@ -44,7 +45,7 @@ from medssl.scans.splits import Splits, make_splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.devices import select_device
-from medssl.training.distributed import Ranks, joined
+from medssl.training.distributed import Ranks, joined, peers_needed
 from medssl.training.loop import BadBatch, Calls, start_state, train
 from medssl.training.monitor import judge, summary
 from medssl.training.network import build_network
@@ -174,6 +175,7 @@ def run(
     """
     check_same_config(out, config, resume=resume)
     with joined(config.device) as ranks:
+        config.training.micro_batches(ranks.size)  # refuses a batch before anything is written
         index = Index.open(config.index).select(config.select)
         job = Pretraining(
             LABEL, config.backbone, config.init, config.pretext, config,
@@ -183,7 +185,8 @@ def run(
         if ranks.leads:
             _lead(job, config, index, out, resume, progress)
         else:
-            _follow(job, config, index, out)
+            with peers_needed():
+                _follow(job, config, index, out)
     return out
 
 
@@ -198,7 +201,7 @@ def _lead(
     """Prepare, pretrain, and write all there is to write."""
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
-        with tracker.run("pretrain/backbone", params=job.parameters()) as handle:
+        with tracker.run("pretrain/backbone", params=job.parameters()) as handle, peers_needed():
 
             def prepared() -> tuple[Store, Splits]:
                 store = _prepared(config, index, progress)
@@ -228,10 +231,15 @@ def _lead(
 def _follow(job: Pretraining, config: PretrainConfig, index: Index, out: Path) -> None:
     """Compute this process's part of every step, and write nothing."""
     store = job.ranks.leader_first("prepare", lambda: _prepared(config, index, silent))
+    splits = out / "splits.json"
+    if not splits.is_file():
+        raise MachineError(
+            f"process {job.ranks.rank} does not see the run folder that process 0 writes. Give an "
+            "--out that every machine sees as the same folder."
+        )
     pretrain_backbone(
-        job, index, store, Splits.read(out / "splits.json"), out / "checkpoints" / "backbone",
-        None, silent, None,
-    )  # fmt: skip
+        job, index, store, Splits.read(splits), out / "checkpoints" / "backbone", None, silent, None
+    )
 
 
 def _prepared(config: PretrainConfig, index: Index, progress: Progress) -> Store:

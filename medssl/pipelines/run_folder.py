@@ -22,6 +22,9 @@ _CONFIG = "config.yaml"
 _PROVENANCE = "provenance.json"
 _NOT_READABLE = "its config.yaml is not readable"
 _RESULTS = ("checkpoints", "cells", "predictions.parquet")
+_FREE = ("max_minutes",)
+"""Keys that may change while a run goes on: they say when to pause, not what to compute."""
+
 _SHOWN = 60  # letters of a value that a message quotes
 
 
@@ -42,7 +45,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, command: str, *, resume: bool = False) -> None:
         self.path = path
         check_same_config(path, config, resume=resume)
-        same = _read_config(path, type(config)) == yaml.safe_load(config.to_yaml())
+        same = _fixed(_read_config(path, type(config))) == _fixed(yaml.safe_load(config.to_yaml()))
         atomic_write(path / _CONFIG, config.to_yaml())
         previous = _read_json(path / _PROVENANCE) if same else {}
         self._provenance: dict[str, Any] = {
@@ -114,8 +117,8 @@ def check_same_config(path: Path, config: Config, *, resume: bool) -> None:
                 f"there is no run to resume in {path.name!r}. Leave out --resume to start one."
             )
         return
-    found = _read_config(path, type(config))
-    wanted = yaml.safe_load(config.to_yaml())
+    found = _fixed(_read_config(path, type(config)))
+    wanted = _fixed(yaml.safe_load(config.to_yaml()))
     if found != wanted and (resume or _has_results(path)):
         readable = isinstance(found, dict)
         changed = ", ".join(_differences(found, wanted)[:5]) if readable else _NOT_READABLE
@@ -172,6 +175,13 @@ def _read_config(path: Path, kind: type[Config]) -> Any:
         return yaml.safe_load(validate_config(content, kind).to_yaml())
     except ConfigError:
         return content
+
+
+def _fixed(content: Any) -> Any:
+    """Return a configuration without the keys that may change while its run goes on."""
+    if isinstance(content, dict):
+        return {key: _fixed(value) for key, value in content.items() if key not in _FREE}
+    return [_fixed(value) for value in content] if isinstance(content, list) else content
 
 
 def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:

@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from medssl.config import Config, validate_config
-from medssl.errors import DataError, Terminated
+from medssl.errors import AbandonedError, DataError, Terminated
 from medssl.tracking.journal import JOURNAL_NAME, FolderLock, Journal, encode
 from medssl.tracking.mlflow import Delivery, SyncReport
 
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 SERVER_PATIENCE_SECONDS = 4.0
 LOCAL_PATIENCE_SECONDS = 60.0  # a new sqlite file takes seconds to fill with its tables
 MAX_PAUSE_SECONDS = 60.0  # between two attempts at a server that does not answer
+
+# What ends a run from outside: the same command goes on with it.
+_KILLING = (KeyboardInterrupt, Terminated, SystemExit, GeneratorExit, AbandonedError)
 
 
 class TrackingConfig(Config):
@@ -225,7 +228,7 @@ class RunHandle:
         self._tracker._open.remove(self)
         if kind is None:
             self._journal.append("end", self.name, status="FINISHED")
-        elif issubclass(kind, KeyboardInterrupt | Terminated | SystemExit | GeneratorExit):
+        elif issubclass(kind, _KILLING):
             self._journal.append("end", self.name, status="KILLED", error=kind.__name__)
         else:
             # The kind only: a message of a foreign library may carry a name or a path.

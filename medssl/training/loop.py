@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from medssl.errors import DivergedError, MedsslError
 from medssl.training.devices import right_gradients
-from medssl.training.distributed import Ranks, synchronised
+from medssl.training.distributed import Ranks, Vote, synchronised
 from medssl.training.feed import feed
-from medssl.training.interruption import Interruption
+from medssl.training.interruption import Interruption, Stop
 from medssl.training.network import Network, Objective
 from medssl.training.optimization import build_optimizer
 from medssl.training.profiling import Profiler, Unprofiled, profiling
@@ -113,7 +113,7 @@ def train(
     """Train from ``state.step`` to ``config.steps``.
 
     Ctrl-C, SIGTERM and `TrainingConfig.max_minutes` end the step that is under way, save, and then
-    raise; with several processes, at the next line of the journal, where they meet anyway.
+    raise; with several processes, all of them after the same step.
 
     Args:
         state: what moves; a loaded one goes on bitwise as if it had not stopped (same device).
@@ -127,11 +127,13 @@ def train(
         ranks: the processes that share each step; None: this one alone.
 
     Raises:
+        MachineError: processes start from different states.
         DivergedError: the loss or a weight is not finite; the last saved state is still good.
         KeyboardInterrupt, Terminated: the training was interrupted, and is saved.
         MedsslError: a scan cannot be read any more; the training is saved.
     """
     ranks = ranks or Ranks()
+    ranks.check_same_start(state.step)
     state.micro_batches = config.micro_batches(ranks.size, state.micro_batches)
     share = Share(config.global_batch_size, state.micro_batches, ranks.rank, ranks.size)
     step = Step(
@@ -159,6 +161,7 @@ def _run(
     profiler: Profiler | Unprofiled,
 ) -> None:
     read: list[Sample] = []
+    vote = Vote(ranks)
     while state.step < config.steps:
         try:
             with profiler.step():
@@ -174,9 +177,7 @@ def _run(
         )
         saving = calls.save is not None and (last or _due(state.step, config.checkpoint_every))
         meeting = last or validating or saving or _due(state.step, config.log_every)
-        stopping = interruption.wanted
-        if ranks.size > 1:
-            stopping = meeting and ranks.any(stopping, device)
+        stopping = Stop.NO if last else Stop(vote.highest(interruption.wanted))
         if meeting or stopping:
             _refuse_bad_batches(step, read, state.step, calls, ranks, device)
             means = {f"train/{name}": value for name, value in step.meter.read().items()}
@@ -189,8 +190,8 @@ def _run(
             calls.log(state.step, {f"val/{name}": value for name, value in found.items()})
         if saving or stopping:
             _save(state, calls)
-        if stopping and not last:
-            raise interruption.error()
+        if stopping:
+            raise interruption.error(stopping)
 
 
 def _due(step: int, every: int) -> bool:

@@ -67,3 +67,10 @@ def test_two_processes_equal_one(store: Store, pair: Path, name: str, dims: int)
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key]), key
         assert torch.allclose(value, wanted[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_find_different_states_refuse_to_go_on(pair: Path, rank: int):
+    told = (pair / f"apart-{rank}.txt").read_text()
+    assert "from step 0 to step 5" in told
+    assert "Give an --out that every machine sees as the same folder." in told

@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 
 from medssl import __version__
 from medssl.cli import cli, main
+from medssl.training.interruption import TimeUp
+from medssl.training.launch import first_to_end
 from studies import medssl, settings, write_config
 
 HEAVY = ("torch", "monai", "mlflow", "pydicom", "highdicom", "pandas", "numpy", "sklearn", "ray")
@@ -204,3 +206,63 @@ def test_an_interrupted_command_says_how_to_go_on(
     code, said = call_main(monkeypatch, capsys, "doctor")
     assert code == 130
     assert said == "\nInterrupted. Give the same command again to go on.\n"
+
+
+# -------------------------------------------------------------------------------------- torchrun
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Make this process look like the second of torchrun's two."""
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # main sets it, and it is put back
+    first_to_end.cache_clear()
+    yield monkeypatch
+    first_to_end.cache_clear()
+
+
+def test_torchrun_is_for_pretrain(
+    second_of_two: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    second_of_two.setenv("RANK", "0")
+    code, told = call_main(second_of_two, capsys, "study", "any.yaml")
+    assert code == 2
+    assert told == (
+        "ConfigError: torchrun started several processes of medssl study, and only medssl pretrain "
+        "shares its work among them. Start it without torchrun.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["study", "any.yaml"], ["pretrain", "--nonsense"]])
+def test_a_process_that_does_not_lead_is_silent(
+    second_of_two: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    assert call_main(second_of_two, capsys, *arguments) == (2, "")
+
+
+def test_what_it_prints_goes_nowhere(
+    second_of_two: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def chat(**_: object) -> None:
+        click.echo("result")
+        print("progress, warnings", file=sys.stderr)
+
+    second_of_two.setattr(cli, "main", chat)
+    assert call_main(second_of_two, capsys, "pretrain") == (0, "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_time_limit_ends_with_143_by_hand_and_with_0_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def late(**_: object) -> None:
+        raise TimeUp("training.max_minutes: the 5 minutes are over.")
+
+    monkeypatch.setattr(cli, "main", late)
+    told = "training.max_minutes: the 5 minutes are over. Give the same command again to go on.\n"
+    assert call_main(monkeypatch, capsys, "pretrain") == (143, told)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # which would start it again
+    assert call_main(monkeypatch, capsys, "pretrain") == (0, told)

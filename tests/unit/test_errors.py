@@ -19,6 +19,7 @@ from medssl import errors
         (errors.WeightsError, 3),
         (errors.RejectedScan, 3),
         (errors.MachineError, 4),
+        (errors.AbandonedError, 4),
         (errors.DivergedError, 5),
         (errors.Terminated, 143),
     ],

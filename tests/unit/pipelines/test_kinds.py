@@ -11,7 +11,11 @@ from medssl.errors import ConfigError
 from medssl.pipelines.kinds import KINDS, load_any, schema, write_schemas
 from studies import ROOT, settings, write_config
 
-CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if path.parent.name != "cluster"  # files of Kubernetes: test_cluster_configs.py
+)
 FOLDERS = {"index": "index", "pretrain": "pretrain", "transfer": "transfer", "studies": "study"}
 
 

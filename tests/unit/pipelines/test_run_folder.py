@@ -17,6 +17,7 @@ from medssl.pipelines.run_folder import RunFolder, check_same_config, command_li
 class Training(Config):
     steps: int = 10
     rate: float = 0.1
+    max_minutes: float | None = None
 
 
 class Small(Config):
@@ -33,7 +34,7 @@ def test_the_folder_keeps_the_resolved_config(tmp_path: Path):
     RunFolder(tmp_path / "run", Small(seed=3), "medssl study")
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert Small.model_validate(kept) == Small(seed=3)
-    assert kept["training"] == {"steps": 10, "rate": 0.1}
+    assert kept["training"] == {"steps": 10, "rate": 0.1, "max_minutes": None}
 
 
 def test_provenance_says_what_ran_and_on_what(tmp_path: Path):
@@ -85,6 +86,18 @@ def test_another_config_is_refused_with_what_changed_and_nothing_is_written(tmp_
         "training.steps was 10, is 20. Choose another --out, or delete that folder."
     )
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_goes_on_with_another_time_limit(tmp_path: Path):
+    RunFolder(tmp_path, Small(), "medssl study").finish()
+    (tmp_path / "checkpoints").mkdir()
+    longer = Small(training=Training(max_minutes=90))
+    RunFolder(tmp_path, longer, "medssl study", resume=True)
+    assert provenance(tmp_path)["restarts"] == 1  # still the same run
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["max_minutes"] == 90
+    other = Small(training=Training(max_minutes=90, steps=11))
+    with pytest.raises(ConfigError, match=r"training\.steps was 10, is 11\. Choose"):
+        RunFolder(tmp_path, other, "medssl study")
 
 
 @pytest.mark.parametrize("result", ["checkpoints", "cells"])

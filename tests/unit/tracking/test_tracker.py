@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from medssl.config import validate_config
-from medssl.errors import ConfigError, DataError, MachineError, Terminated
+from medssl.errors import AbandonedError, ConfigError, DataError, MachineError, Terminated
 from medssl.tracking.base import Tracker, TrackingConfig, flatten, sync
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
 
@@ -41,6 +41,7 @@ def test_a_resumed_run_never_doubles_a_point(tmp_path: Path) -> None:
         (ValueError("DOE^JOHN"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (Terminated(), "KILLED"),
+        (AbandonedError("another process ended"), "KILLED"),
     ],
 )
 def test_the_journal_says_how_a_run_ended(tmp_path: Path, error, status: str) -> None:

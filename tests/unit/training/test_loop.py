@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -450,6 +451,27 @@ def test_a_signal_ends_the_step_and_saves_it(
     resumed = training.state()
     assert resumed.resume(tmp_path, CPU)
     assert same(weights(training.run(resumed)), weights(wanted))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_loaders_workers_does_not_lose_the_step(
+    store: Store, tmp_path: Path, number: signal.Signals
+):
+    settings = configured(steps=30, checkpoint_every=100, num_workers=2)
+    training = Training(store, pretext_task("rotation", 2), settings)
+    state = training.state()
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:  # as terminals and torchrun do: the whole group
+            for worker in psutil.Process().children():
+                worker.send_signal(number)
+        if step == 20:
+            signal.raise_signal(number)
+
+    with pytest.raises((KeyboardInterrupt, Terminated)):
+        training.run(state, log=log, save=lambda: state.save(tmp_path))
+    assert [file.name[15:23] for file in saved_states(tmp_path)] == ["00000021"]
+    assert psutil.Process().children() == []
 
 
 def test_a_second_signal_is_not_held_back(store: Store):
