@@ -206,9 +206,7 @@ def _meeting_place() -> dict[str, Any]:
         is_master=False, wait_for_workers=False,
     )  # fmt: skip
     start = common_name(store, rank, size)
-    own = distributed.PrefixStore(  # type: ignore[attr-defined]
-        f"medssl/{common_name(store, rank, size)}", store
-    )
+    own = distributed.PrefixStore(f"medssl/{start}", store)  # type: ignore[attr-defined]
     return {"store": own, "rank": rank, "world_size": size}
 
 
