@@ -21,7 +21,7 @@ from medssl.training.profiling import Profiler, Unprofiled, profiling
 from medssl.training.recomputation import recompute_blocks
 from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
-from medssl.training.step import Step
+from medssl.training.step import Step, Used
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.sampling import CropSampler, Sample, Share
 
@@ -160,7 +160,7 @@ def _run(
     interruption: Interruption,
     profiler: Profiler | Unprofiled,
 ) -> None:
-    read: list[Sample] = []
+    read: list[Used] = []
     vote = Vote(ranks)
     while state.step < config.steps:
         try:
@@ -204,17 +204,17 @@ def _save(state: TrainingState, calls: Calls) -> None:
         calls.save()
 
 
-def _rejected(read: list[Sample], ranks: Ranks, device: torch.device) -> dict[str, float]:
+def _rejected(read: list[Used], ranks: Ranks, device: torch.device) -> dict[str, float]:
     """Return the share of crops that were thrown away for too little foreground."""
-    rejected = sum(sample.rejected for sample in read)
-    tried = rejected + sum(len(sample.scan_keys) for sample in read)
+    rejected = sum(used.rejected for used in read)
+    tried = rejected + sum(len(used.scan_keys) for used in read)
     both = ranks.sum(torch.tensor([rejected, tried], dtype=torch.float32, device=device))
     return {"train/rejected_crops": float(both[0] / both[1])}
 
 
 def _refuse_bad_batches(
     step: Step,
-    read: list[Sample],
+    read: list[Used],
     steps_done: int,
     calls: Calls,
     ranks: Ranks,
@@ -224,8 +224,8 @@ def _refuse_bad_batches(
     if not ranks.any(not all(finite), device):
         return
     bad = [
-        BadBatch(sample.step, sample.part, sample.scan_keys)
-        for sample, good in zip(read, finite, strict=True)
+        BadBatch(used.step, used.part, used.scan_keys)
+        for used, good in zip(read, finite, strict=True)
         if not good
     ]
     if bad and calls.bad_batches is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,23 @@ from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
 from medssl.transforms.augmentation import AugmentationConfig, augment
 from medssl.transforms.sampling import Sample
+
+
+@dataclass(frozen=True)
+class Used:
+    """What is remembered of a micro batch once its crops are gone.
+
+    Attributes:
+        step: number of the step, from 0.
+        part: of which micro batch.
+        scan_keys: the scan of each crop.
+        rejected: crops thrown away for too little foreground.
+    """
+
+    step: int
+    part: int
+    scan_keys: list[str]
+    rejected: int
 
 
 class Step:
@@ -61,8 +78,8 @@ class Step:
         self._network = parallel(state.network, ranks)
         self._buffers = StepBuffers(state.network, ranks, state.micro_batches)
 
-    def update(self, samples: Iterator[Sample]) -> tuple[list[Sample], float]:
-        """Make one step; return the crops it used and the learning rate."""
+    def update(self, samples: Iterator[Sample]) -> tuple[list[Used], float]:
+        """Make one step; return what it used and the learning rate."""
         state, config = self._state, self._config
         rate = set_learning_rates(state.optimizer, state.step, config.steps, config)
         state.network.train()
@@ -72,7 +89,7 @@ class Step:
         for left in reversed(range(self._own_micro_batches)):
             with record_function("medssl: wait for data"):
                 sample = next(samples)
-            used.append(sample)
+            used.append(Used(sample.step, sample.part, sample.scan_keys, sample.rejected))
             with self._gathering(left):
                 self.backward(sample)
             self._buffers.after_micro_batch()
