@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from medssl.scans.store import Store
+from starts_again import RESTARTS
 from training import EVERY_TASK, Training, blob_store, configured, pretext_task
 from two_processes import SETTINGS
 
@@ -74,3 +75,11 @@ def test_processes_that_find_different_states_refuse_to_go_on(pair: Path, rank: 
     told = (pair / f"apart-{rank}.txt").read_text()
     assert "from step 0 to step 5" in told
     assert "Give an --out that every machine sees as the same folder." in told
+
+
+@pytest.mark.slow
+def test_processes_meet_again_however_often_one_is_killed(tmp_path: Path):
+    process = torchrun(TESTS / "starts_again.py", cwd=tmp_path, max_restarts=str(RESTARTS))
+    out, printed = process.communicate(timeout=150)
+    assert process.returncode == 0, printed
+    assert out.splitlines() == [f"start {n}: 2 processes" for n in range(RESTARTS + 1)]
