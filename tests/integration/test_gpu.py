@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(store: Store, name: str, dims: 
             for key, parameter in network.named_parameters()
             if parameter.grad is not None
         }
-        found.append((float(loss), gradients))
+        found.append((float(loss.detach()), gradients))
     (loss, gradients), (theirs, others) = found
     assert loss == pytest.approx(theirs, rel=1e-4)
     assert gradients.keys() == others.keys()

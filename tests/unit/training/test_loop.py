@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,31 @@ def test_micro_batches_that_cannot_be_dealt_out_are_refused():
         configured(global_batch_size=12).micro_batches(2, before=3)
     with pytest.raises(ValueError, match="is not a multiple of micro_batch_size 5"):
         configured(global_batch_size=12, micro_batch_size=5)
+
+
+def test_crops_are_let_go_of_long_before_the_next_line_of_the_journal(store: Store):
+    class Counted(Training):
+        def sampler(self) -> Any:
+            sampler = super().sampler()
+            batch = sampler.batch
+
+            def noted(number: int, size: int) -> Sample:
+                sample = batch(number, size)
+                alive.append(weakref.ref(sample.images))
+                return sample
+
+            sampler.batch = noted
+            return sampler
+
+    alive: list[Any] = []
+    most = []
+    task = pretext_task("rotation", 2)
+    training = Counted(store, task, configured(steps=8, log_every=8, checkpoint_every=7))
+    training.run(
+        training.state(), save=lambda: most.append(sum(each() is not None for each in alive))
+    )
+    assert len(alive) == 8
+    assert most[0] <= 2
 
 
 # ---------------------------------------------------------------------------------- weights in use
