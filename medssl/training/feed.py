@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import signal
 import threading
@@ -181,7 +180,7 @@ def _tensors(sample: Sample) -> list[Tensor]:
 class _Refusal:
     """An error for the user, on its way from a worker: torch would wrap it in a traceback."""
 
-    pickled: bytes
+    error: MedsslError
 
 
 class _Reported(Dataset[Any]):
@@ -198,7 +197,7 @@ class _Reported(Dataset[Any]):
             # Shared here: errors of the queue's own thread are lost, and the parent waits on.
             return self.dataset[index].share_memory()
         except MedsslError as error:
-            return _Refusal(pickle.dumps(error))
+            return _Refusal(error)
 
 
 @contextmanager
@@ -238,7 +237,7 @@ def _received(iterator: Iterator[Any], config: FeedConfig) -> Iterator[Sample]:
                 raise MachineError(_killed(config)) from None
             raise
         if isinstance(sample, _Refusal):
-            raise pickle.loads(sample.pickled)  # noqa: S301  (our own worker's)
+            raise sample.error
         yield sample
 
 

@@ -15,7 +15,7 @@ from medssl.models.build import build_backbone
 from medssl.models.inits import INITS
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextBatch, PretextTask
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from medssl.transforms.sampling import SampleRequest
 
 SIZE = {2: (36, 36), 3: (24, 24, 24)}

@@ -26,7 +26,7 @@ from medssl.pretext._scores import (
 )
 from medssl.pretext.base import PretextBatch
 from medssl.pretext.inpainting import AdversarialDecoder, Config, Inpainting, Judged
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from training import tiny_backbone
 
 

@@ -19,7 +19,7 @@ from medssl.models.inits import INITS
 from medssl.pretext._permutations import permutation_set
 from medssl.pretext.base import PretextBatch
 from medssl.pretext.jigsaw import Config, Jigsaw, deal_labels, mosaic, shuffle
-from medssl.training.loop import build_network
+from medssl.training.network import build_network
 from medssl.transforms.sampling import SampleRequest
 
 SIZE = {2: (24, 24), 3: (20, 16, 16)}
