@@ -1,6 +1,6 @@
 """The whole pretraining: against the same step in memory, against peers' pipelines, as work grows.
 
-    make bench PYTEST_ARGS=tests/benchmarks/test_pretraining.py
+    .venv/bin/python -m pytest tests/benchmarks/test_pretraining.py
 
 Everything is measured in turns in one process, and ratios of medians are printed. Nothing is
 asserted about time. PyTorch has one thread here, so that one core is left for a worker.
