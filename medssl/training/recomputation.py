@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,8 @@ def recompute_blocks(backbone: nn.Module) -> int:
             "false, and lower training.micro_batch_size instead."
         )
     for block in blocks:
-        _recompute(block)
+        # Bound to the block, so that a copy of the network (an average of it) uses its own blocks.
+        block.forward = MethodType(_recomputed, block)
     return len(blocks)
 
 
@@ -62,19 +64,15 @@ def _num_layers(module: nn.Module) -> int:
     )
 
 
-def _recompute(block: nn.Module) -> None:
-    plain = block.forward
+def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    plain = MethodType(type(block).forward, block)
+    if not block.training:
+        return plain(*args, **kwargs)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not block.training:
-            return plain(*args, **kwargs)
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), _still(block)
 
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), _still(block)
-
-        return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-    block.forward = forward
+    return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager

@@ -557,6 +557,19 @@ def test_saving_memory_or_time_changes_no_result(store: Store, dims: int, settin
         assert torch.allclose(value, ends[1][name], atol=1e-5), name
 
 
+def test_an_average_of_recomputed_blocks_is_asked_with_its_own_weights(store: Store):
+    """A copied block must not answer with the weights of the block that it was copied from."""
+    answers = []
+    for recompute in (False, True):
+        config = configured(ema_decay=0.5, optimizer="sgd", recompute=recompute)
+        training = Training(store, pretext_task("rotation", 2), config)
+        state = training.run(training.state())
+        images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            answers.append(state.result.eval().backbone.embed(images))
+    assert torch.allclose(*answers, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_losses(store: Store):
     logs = []
