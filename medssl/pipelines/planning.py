@@ -24,6 +24,7 @@ from medssl.pretext import PRETEXT_TASKS
 from medssl.scans.index import Index
 from medssl.scans.store import Store
 from medssl.training.devices import select_device
+from medssl.training.feed import as_configured
 from medssl.training.rehearsal import Rehearsal, Scene, free_memory, line_through, rehearse
 from medssl.transforms.sampling import CropSampler
 
@@ -63,12 +64,13 @@ def plan(config: PretrainConfig, out: Path = Path("runs/pretrain")) -> dict[str,
     rehearsal = rehearsed(scene)
     read = seconds_to_read(config)
     pool = scans_in_pool(config)
+    written = space(rehearsal, out)
     return {
         **found,
         "scans_trained_on": pool,
         **costs(config, scene.device.type, rehearsal, read),
-        **space(rehearsal, out),
-        "advice": advise(config, scene.device.type, rehearsal, read, pool, space(rehearsal, out)),
+        **written,
+        "advice": advise(config, scene.device.type, rehearsal, read, pool, written),
     }
 
 
@@ -110,7 +112,7 @@ def seconds_to_read(config: PretrainConfig) -> float | None:
         return None
     task = PRETEXT_TASKS.build(config.pretext, config.sampling.spatial_dims)
     request = task.request(config.sampling.request())
-    sampler = CropSampler(store, keys, request, config.seed, "plan")
+    sampler = as_configured(CropSampler(store, keys, request, config.seed, "plan"), config.training)
     size = config.training.global_batch_size // config.training.micro_batches(1)
     begun, seconds = time.monotonic(), []
     for number in range(max(2, -(-2 * len(keys) // size))):

@@ -22,8 +22,12 @@ _CONFIG = "config.yaml"
 _PROVENANCE = "provenance.json"
 _NOT_READABLE = "its config.yaml is not readable"
 _RESULTS = ("checkpoints", "cells", "predictions.parquet")
-_FREE = ("max_minutes",)
-"""Keys that may change while a run goes on: they say when to pause, not what to compute."""
+_FREE = (
+    "max_minutes", "profile", "num_workers", "prefetch_factor", "cache_gb", "resident",
+    "resident_gb",
+)  # fmt: skip
+"""Keys that may change while a run goes on: they say when to pause, how to read and what to watch,
+not what to compute."""
 
 _SHOWN = 60  # letters of a value that a message quotes
 

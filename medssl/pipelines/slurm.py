@@ -99,7 +99,7 @@ def build(config: Path, overrides: Sequence[str], out: Path, job: Job) -> str:
     arguments = [str(config), *kept, f"training.max_minutes={limit:g}", "--out", str(out)]
     return _SCRIPT.format(
         header=_HEADER,
-        command=command_line(),
+        command=command_line().replace("\n", " "),  # it stands in a comment of one line
         options="\n".join(f"#SBATCH {option}" for option in _options(job, out)),
         threads=max(job.cpus_per_task // job.processes, 1),
         shutdown=_SHUTDOWN_SECONDS,

@@ -91,9 +91,7 @@ def feed(
         MachineError: a worker was killed, or the memory asked for cannot be had.
         ConfigError: ``resident: always``, and the scans do not fit ``resident_gb``.
     """
-    sampler = sampler.reading(
-        cache_bytes=int(config.cache_gb * _GB), crops_per_scan=config.crops_per_scan
-    )
+    sampler = as_configured(sampler, config)
     if start_step >= stop_step:
         return
     if lives_on_device(sampler, config, device):
@@ -107,6 +105,13 @@ def feed(
     _ = sampler.cache  # before the fork: its memory is shared
     with _workers(dataset, config, pin_memory=device.type == "cuda") as samples:
         yield from _ahead(samples, device)
+
+
+def as_configured(sampler: CropSampler, config: FeedConfig) -> CropSampler:
+    """Return a sampler that reads as a config says."""
+    return sampler.reading(
+        cache_bytes=int(config.cache_gb * _GB), crops_per_scan=config.crops_per_scan
+    )
 
 
 def lives_on_device(sampler: CropSampler, config: FeedConfig, device: torch.device) -> bool:

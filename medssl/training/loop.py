@@ -84,7 +84,8 @@ def start_state(
         layout = {2: torch.channels_last, 3: torch.channels_last_3d}
         network.to(memory_format=layout[network.backbone.spatial_dims])
     network.to(device)
-    small = config.global_batch_size // ranks.size < _SMALL_MICRO_BATCH
+    seen_at_once = config.global_batch_size // config.micro_batches(ranks.size)
+    small = seen_at_once < _SMALL_MICRO_BATCH
     if config.sync_batch_norm or (
         config.sync_batch_norm is None and device.type == "cuda" and small
     ):

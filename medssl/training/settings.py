@@ -26,8 +26,8 @@ class TrainingConfig(OptimizationConfig, FeedConfig):
         compile: let ``torch.compile`` fuse the network; the first steps take minutes.
         recompute: keep no activations inside the backbone's blocks and compute them again in the
             backward pass (gradient checkpointing): less memory, about a third more time.
-        sync_batch_norm: batch norms see the images of all processes at once (GPUs alone). None:
-            where a process has fewer than 16 of them.
+        sync_batch_norm: batch norms see the images of all processes at once (GPUs alone); then what
+            is learnt depends on their number. None: where a micro batch has fewer than 16 images.
         log_every: steps between two lines of the journal; also how often values are checked.
         validate_every: steps between two validations; 0 for the last step alone.
         checkpoint_every: steps between two training states; 0 for the last step alone.

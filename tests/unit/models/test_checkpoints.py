@@ -465,4 +465,6 @@ def test_a_contract_that_states_what_cannot_be_names_the_field(checkpoint, field
 def test_a_contract_with_a_history_and_an_older_preprocessing_loads(checkpoint):
     older = {"intensity": {"kind": "percentile"}}
     edit_contract(checkpoint, history=[STAGE], preprocessing=older)
-    load_backbone(checkpoint)
+    _, contract = load_backbone(checkpoint)
+    assert contract.history == (STAGE,)
+    assert contract.preprocessing == older

@@ -436,13 +436,15 @@ def test_hooks_are_refused():
         inflate(flat, image(), run)
 
 
-def law(flat: nn.Module) -> None:
+def law(flat: nn.Module) -> nn.Module:
     deep, _ = inflate(flat, image(), run)
     check_law(flat, deep, image(), run, name="this network", spread="mean")
+    return deep
 
 
 def test_the_check_passes_a_network_that_follows_the_law():
-    law(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    deep = law(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    assert deep(torch.rand(1, 3, 5, 8, 9)).shape == (1, 4, 5, 8, 9)
 
 
 def test_2d_code_that_gives_other_features_is_refused():

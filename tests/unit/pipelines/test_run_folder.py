@@ -131,6 +131,20 @@ def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path: Path):
         check_same_config(tmp_path, Small(training=Training(rate=0.2)), resume=True)
 
 
+def test_how_to_read_and_when_to_pause_may_change_while_a_run_goes_on(tmp_path: Path):
+    class Reading(Config):
+        num_workers: int = 0
+        max_minutes: float | None = None
+        profile: bool = False
+        steps: int = 10
+
+    RunFolder(tmp_path, Reading(), "medssl pretrain")
+    (tmp_path / "checkpoints").mkdir()
+    check_same_config(tmp_path, Reading(num_workers=4, max_minutes=5, profile=True), resume=True)
+    with pytest.raises(ConfigError, match="steps was 10, is 20"):
+        check_same_config(tmp_path, Reading(steps=20), resume=True)
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "run").write_text("")
     with pytest.raises(MachineError) as refused:

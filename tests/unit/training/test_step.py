@@ -105,3 +105,6 @@ def test_a_step_needs_no_value_of_any_tensor(name: str, dims: int):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         sample = Sample(mode.from_tensor(images), mode.from_tensor(masks), ["a"] * len(images))
         step.backward(sample)
+        (loss,) = step.meter._losses
+    assert type(loss).__name__ == "FakeTensor"
+    assert loss.shape == ()
