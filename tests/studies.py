@@ -95,6 +95,20 @@ def settings(archive: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pretrain_settings(archive: Path, **training: Any) -> dict[str, Any]:
+    """Return a pretraining on ``index``, an index beside its config, that takes seconds on CPUs."""
+    study = settings(archive)
+    return {
+        **{key: study[key] for key in ("seed", "preprocessing", "sampling", "backbone", "splits")},
+        "index": "index",
+        "pretext": {"name": "rotation", "views": 2},
+        "device": "cpu",
+        "training": {"global_batch_size": 4, "log_every": 1, **training},
+        "validation_batches": 1,
+        "tracking": {"mlflow": False},
+    }
+
+
 def write_config(path: Path, content: dict[str, Any]) -> Path:
     """Write a config file."""
     path.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from studies import environment, medssl, settings, write_archive, write_config
+from studies import environment, medssl, pretrain_settings, write_archive, write_config
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -44,18 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an index, a config, its batch file, and Slurm's stand-ins."""
     folder = tmp_path_factory.mktemp("slurm")
     archive = write_archive(folder / "archive", 8)
-    content = {
-        key: value
-        for key, value in settings(archive).items()
-        if key in ("seed", "preprocessing", "sampling", "backbone", "splits")
-    }
-    content |= {
-        "index": "index", "pretext": {"name": "rotation", "views": 2}, "device": "cpu",
-        "training": {
-            "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1,
-        },
-        "validation_batches": 1, "tracking": {"mlflow": False},
-    }  # fmt: skip
+    content = pretrain_settings(archive, steps=STEPS, micro_batch_size=2)
     write_config(folder / "rotation.yaml", content)
     for arguments in (
         ["index", archive / "images", "--out", "index", "--no-audit"],

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from medssl.tracking.journal import read_journal
 from medssl.training.state import saved_states
-from studies import environment, medssl, settings, write_archive, write_config
+from studies import environment, medssl, pretrain_settings, write_archive, write_config
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -121,19 +121,7 @@ def told(printed: str) -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("torchrun")
     archive = write_archive(folder / "archive", 8)
-    content = {
-        key: value
-        for key, value in settings(archive).items()
-        if key in ("seed", "preprocessing", "sampling", "backbone", "splits")
-    }
-    content |= {
-        "index": "index", "pretext": {"name": "rotation", "views": 2}, "device": "cpu",
-        "training": {
-            "steps": STEPS, "global_batch_size": 4, "log_every": 1, "checkpoint_every": 4,
-            "validate_every": 10,
-        },
-        "validation_batches": 1, "tracking": {"mlflow": False},
-    }  # fmt: skip
+    content = pretrain_settings(archive, steps=STEPS, checkpoint_every=4, validate_every=10)
     config = write_config(folder / "rotation.yaml", content)
     indexed = medssl("index", archive / "images", "--out", "index", "--no-audit", cwd=folder)
     assert indexed.returncode == 0, indexed.stderr
