@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from medssl.config import ComponentConfig, Label
 from medssl.models.backbones.base import Backbone
 from medssl.scans.index import Index
 from medssl.transforms.sampling import Sample, SampleRequest
+
+Answer = Literal["class", "labels", "numbers"]
+"""One of ``num_outputs`` classes; that many labels, each yes or no; or that many real numbers."""
 
 
 class DownstreamConfig(ComponentConfig):
@@ -53,16 +56,19 @@ class DownstreamTask(ABC):
     Attributes:
         kind: written to the predictions; tells what ``scores`` holds.
         metric: the primary metric, a name in `medssl.evaluation.metrics.METRICS`.
+        answer: what the outputs mean.
         dense: whether there is one answer a voxel (probed a voxel at a time) or one a scan.
         classes: names of the answers, in the order of ``scores``.
-        targets: the label of every labelled scan by scan key; NaN where the label is a mask.
+        targets: what is known of every labelled scan, by scan key: its class, its labels (1, 0, or
+            NaN where unknown) or its numbers; empty where the label is a mask.
     """
 
     kind: ClassVar[str]
     metric: str
+    answer: ClassVar[Answer]
     dense: ClassVar[bool]
     classes: tuple[str, ...]
-    targets: Mapping[str, float]
+    targets: Mapping[str, tuple[float, ...]]
 
     def __init__(self, config: Any, spatial_dims: int, index: Index) -> None:
         self.config: Any = config
@@ -73,6 +79,10 @@ class DownstreamTask(ABC):
     def masks(cls, config: Any) -> dict[str, Path]:  # noqa: ARG003  (members read it)
         """Return the folders of masks to be prepared with the scans, by the mask's name."""
         return {}
+
+    def stratum(self, scan_key: str) -> int | None:
+        """Return the class by which splits are stratified; None where there is none."""
+        return int(self.targets[scan_key][0]) if self.answer == "class" and not self.dense else None
 
     @property
     def digest(self) -> str:

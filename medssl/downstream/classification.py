@@ -44,6 +44,7 @@ class Classification(DownstreamTask):
     """Predict the class of a scan."""
 
     kind = "classification"
+    answer = "class"
     dense = False
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
@@ -69,8 +70,8 @@ class Classification(DownstreamTask):
                 f"classes {list(self.classes)}. Add them to classes, or mend the table."
             )
         self.metric = config.metric
-        self.targets: Mapping[str, float] = {
-            scan_key: float(self.classes.index(name)) for scan_key, name in names.items()
+        self.targets: Mapping[str, tuple[float, ...]] = {
+            scan_key: (float(self.classes.index(name)),) for scan_key, name in names.items()
         }
 
     @property
@@ -81,7 +82,7 @@ class Classification(DownstreamTask):
         return PooledHead(backbone.stages[-1].channels, self.num_outputs)
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
-        target = torch.tensor([int(self.targets[key]) for key in sample.scan_keys])
+        target = torch.tensor([int(self.targets[key][0]) for key in sample.scan_keys])
         device = sample.images.device
         if device.type == "cuda":
             target = target.pin_memory()

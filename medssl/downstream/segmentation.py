@@ -45,6 +45,7 @@ class Segmentation(DownstreamTask):
     """Predict the class of every voxel."""
 
     kind = "segmentation"
+    answer = "class"
     dense = True
     metric = "dice"
 
@@ -52,7 +53,7 @@ class Segmentation(DownstreamTask):
         super().__init__(config, spatial_dims, index)
         self.classes = config.classes
         matched = match_masks(index, config.masks)
-        self.targets: Mapping[str, float] = dict.fromkeys(sorted(matched), math.nan)
+        self.targets: Mapping[str, tuple[float, ...]] = dict.fromkeys(sorted(matched), ())
         self._loss = DiceCELoss(
             to_onehot_y=True, softmax=True, include_background=False, batch=True
         )

@@ -6,6 +6,7 @@ once; whatever the order and however often it was interrupted, the same table co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from medssl.evaluation.protocols.base import Cell, Prediction, Setting
 PREDICTION_COLUMNS = (
     "init", "pretext", "backbone", "task", "task_kind", "protocol", "layer", "selected",
     "label_fraction", "num_labelled_patients", "seed", "patient_key", "scan_key", "target",
-    "scores",
+    "targets", "scores",
 )  # fmt: skip
 
 
@@ -78,7 +79,8 @@ def write_cell(
             "seed": cell.seed,
             "patient_key": setting.store.entry(prediction.scan_key).patient_key,
             "scan_key": prediction.scan_key,
-            "target": prediction.target,
+            "target": prediction.target[0] if len(prediction.target) == 1 else math.nan,
+            "targets": list(prediction.target),
             "scores": list(prediction.scores),
         }
         for prediction in predictions

@@ -275,9 +275,7 @@ def _paired(theirs: pd.DataFrame, reference: pd.DataFrame, where: str) -> _Pair:
 
 
 def _check_same_cases(theirs: pd.DataFrame, ours: pd.DataFrame, who: str) -> None:
-    keys = ["patient_key", "scan_key", "target"]
-    counts = theirs[keys].value_counts(dropna=False)
-    wanted = ours[keys].value_counts(dropna=False)
+    counts, wanted = _cases(theirs).value_counts(), _cases(ours).value_counts()
     different = counts.sub(wanted, fill_value=0).abs().sum()
     if different:
         raise DataError(
@@ -285,6 +283,21 @@ def _check_same_cases(theirs: pd.DataFrame, ours: pd.DataFrame, who: str) -> Non
             f"{int(different)} in only one of them or with another target). A difference would "
             "mix weights with patients. Start the transfer again with --resume, or in a new folder."
         )
+
+
+def _cases(rows: pd.DataFrame) -> pd.Series[str]:
+    """Return who was tested with what known answer, one text a row."""
+    keys = ["patient_key", "scan_key", "target", *(["targets"] if "targets" in rows else [])]
+    return rows[keys].map(str).agg("|".join, axis=1)
+
+
+def _targets(rows: pd.DataFrame) -> Array:
+    """Return the known answers, (N,) or (N, T) where a case has several."""
+    if "targets" in rows:
+        several = [np.asarray(known, dtype=float) for known in rows["targets"]]
+        if len(several[0]) > 1:
+            return np.stack(several)
+    return rows["target"].to_numpy(dtype=float)
 
 
 def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -322,7 +335,7 @@ def _by_seed(part: pd.DataFrame, patients: np.ndarray) -> list[_Seed]:
         cells.append(
             _Seed(
                 np.searchsorted(patients, rows["patient_key"].to_numpy()),
-                rows["target"].to_numpy(dtype=float),
+                _targets(rows),
                 np.stack([np.asarray(scores, dtype=float) for scores in rows["scores"]]),
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,8 +307,7 @@ def labelled_patients(tasks: Mapping[str, DownstreamTask], index: Index) -> dict
     for task in tasks.values():
         strata: dict[str, Any] = {}
         for scan_key in sorted(task.targets):
-            target = task.targets[scan_key]
-            strata.setdefault(owner[scan_key], None if math.isnan(target) else int(target))
+            strata.setdefault(owner[scan_key], task.stratum(scan_key))
         if found is None:
             found = strata
         else:

@@ -6,7 +6,6 @@ same batches and the same budget. Nothing but the backbone's starting weights di
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from medssl.config import ComponentConfig
 from medssl.downstream.base import DownstreamTask
 from medssl.evaluation.features import CaseFeatures, extract_features
-from medssl.evaluation.metrics import METRICS
+from medssl.evaluation.metrics import METRICS, Array
 from medssl.models.backbones.base import Backbone
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
@@ -64,14 +63,14 @@ class Prediction:
         layer: the stage that was probed; empty where the whole network answers.
         selected: whether validation patients chose this layer.
         scan_key: the test scan.
-        target: its class; NaN where the label is a mask.
+        target: what is known of it, as in `DownstreamTask.targets`.
         scores: class probabilities, or Dice of each foreground class.
     """
 
     layer: str
     selected: bool
     scan_key: str
-    target: float
+    target: tuple[float, ...]
     scores: tuple[float, ...]
 
 
@@ -122,9 +121,7 @@ class Setting:
         """Return the class of each labelled patient (of the first scan by key); None for masks."""
         strata: dict[str, Any] = {}
         for key in self.scans_of([*self.splits.train, *self.splits.val, *self.splits.test]):
-            target = self.task.targets[key]
-            patient = self.store.entry(key).patient_key
-            strata.setdefault(patient, None if math.isnan(target) else int(target))
+            strata.setdefault(self.store.entry(key).patient_key, self.task.stratum(key))
         return strata
 
     def cases(self, scan_keys: Sequence[str], max_slices: int | None = None) -> CaseReader:
@@ -146,11 +143,15 @@ class Setting:
             )
         return self._features[backbone_seed]
 
+    def targets(self, scan_keys: Sequence[str]) -> Array:
+        """Return what is known of some scans, float64: (N,) where it is one number, else (N, T)."""
+        targets = np.array([self.task.targets[key] for key in scan_keys], dtype=np.float64)
+        return targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
+
     def score(self, scan_keys: Sequence[str], scores: Sequence[Sequence[float]]) -> float:
         """Return the task's primary metric over some scans, larger is better."""
         metric = METRICS[self.task.metric]
-        targets = np.array([self.task.targets[key] for key in scan_keys], dtype=np.float64)
-        value = metric.compute(targets, np.array(scores, dtype=np.float64))
+        value = metric.compute(self.targets(scan_keys), np.array(scores, dtype=np.float64))
         return value if metric.higher_is_better else -value
 
 

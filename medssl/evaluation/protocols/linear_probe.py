@@ -152,7 +152,7 @@ class LinearProbe(Protocol):
         """Return the rows to fit, (N, D) float64, and their classes."""
         if not setting.task.dense:
             rows = torch.stack([case.layers[layer] for case in cases])
-            classes = [int(setting.task.targets[case.scan_key]) for case in cases]
+            classes = [int(setting.task.targets[case.scan_key][0]) for case in cases]
             return rows.to(setting.device).double(), torch.tensor(classes, device=setting.device)
         maps, labels = [], []
         # Each case gives an equal number of positions, drawn without a look at its label.

@@ -44,7 +44,7 @@ def classes_of(found: Classification, index: Index) -> dict[str, str]:
     names = {key: path for key, path, _ in index.file_names() if key in found.targets}
     return {
         Path(names[key]).name.split(".")[0]: found.classes[int(number)]
-        for key, number in found.targets.items()
+        for key, (number,) in found.targets.items()
     }
 
 
@@ -61,7 +61,7 @@ def test_classes_may_be_given_in_another_order_and_unused_ones_too(index: Index,
     path = table(tmp_path, ["cyst", "solid", "cyst", "cyst"])
     found = task(index, path, classes=("solid", "cyst", "rare"))
     assert found.classes == ("solid", "cyst", "rare")
-    assert sorted(found.targets.values()) == [0.0, 1.0, 1.0, 1.0]
+    assert sorted(found.targets.values()) == [(0.0,), (1.0,), (1.0,), (1.0,)]
 
 
 def test_whole_numbers_are_classes_without_a_point(index: Index, tmp_path: Path):
@@ -111,7 +111,7 @@ def test_a_batch_carries_the_classes_of_its_scans(index: Index, tmp_path: Path):
     images = torch.rand(5, 1, 8, 8, 8)
     made = found.batch_of(Sample(images, None, keys), torch.Generator())
     assert made.inputs is images
-    assert made.target.tolist() == [int(found.targets[key]) for key in keys]
+    assert made.target.tolist() == [int(found.targets[key][0]) for key in keys]
     assert made.target.dtype == torch.int64
 
 

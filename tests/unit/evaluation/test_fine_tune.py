@@ -110,7 +110,7 @@ class Scripted:
         self.weights.append(next(network.head.parameters()).detach().clone())
         self.asked.append((set(scan_keys), max_slices))
         share = next(self._good)
-        right = [int(setting.task.targets[key]) for key in scan_keys]
+        right = [int(setting.task.targets[key][0]) for key in scan_keys]
         return [[share, 1 - share] if target == 0 else [1 - share, share] for target in right]
 
 

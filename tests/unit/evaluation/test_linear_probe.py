@@ -130,7 +130,7 @@ def separable(setting: Setting) -> dict[str, CaseFeatures]:
     """Make two layers: one right on training and validation, the other on training and test."""
     sides = {side: setting.scans_of(getattr(setting.splits, side)) for side in ("val", "test")}
     features = {}
-    for key, target in setting.task.targets.items():
+    for key, (target,) in setting.task.targets.items():
         sign = 2 * target - 1
         layers = {
             "right on test": torch.tensor([-sign if key in sides["val"] else sign]),
@@ -152,7 +152,7 @@ def test_the_strength_is_chosen_on_validation_patients(
     setting = evaluation.setting("classification", "random")
     setting._features[0] = {
         key: CaseFeatures(key, {"only": torch.tensor([2 * target - 1])}, None)
-        for key, target in setting.task.targets.items()
+        for key, (target,) in setting.task.targets.items()
     }
 
     def fit(self: Any, strength: float, max_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +161,7 @@ def test_the_strength_is_chosen_on_validation_patients(
 
     monkeypatch.setattr(_Probe, "fit", fit)
     for prediction in probe(evaluation, setting, "classification"):
-        assert prediction.scores[int(prediction.target)] > 0.5
+        assert prediction.scores[int(prediction.target[0])] > 0.5
 
 
 def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: Evaluation):
@@ -171,7 +171,7 @@ def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: E
     task: Any = setting.task
     kept = task.targets
     try:
-        task.targets = {key: 1 - t if key in test else t for key, t in kept.items()}
+        task.targets = {key: (1 - t[0],) if key in test else t for key, t in kept.items()}
         again = evaluation.setting("classification", "random")
         after = probe(evaluation, again, "classification")
     finally:
@@ -202,7 +202,7 @@ def test_training_uses_the_labelled_patients_alone(evaluation: Evaluation):
     owners = {setting.store.entry(key).patient_key for key in scans}
     assert len(owners) == 2
     assert owners <= set(setting.splits.train)
-    assert {setting.task.targets[key] for key in scans} == {0.0, 1.0}  # stratified
+    assert {setting.task.targets[key] for key in scans} == {(0.0,), (1.0,)}  # stratified
 
 
 def test_features_are_computed_once_a_backbone(evaluation: Evaluation):

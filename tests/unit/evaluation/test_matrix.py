@@ -135,7 +135,7 @@ def test_a_cells_file_holds_a_row_a_prediction(evaluation: Evaluation, tmp_path:
     setting = evaluation.setting("classification", "random")
     cell = Cell("classification", "random", "fine_tune", 2, 0.4, 0)
     keys = setting.scans_of(setting.splits.test)
-    predictions = [Prediction("", True, key, 1.0, (0.25, 0.75)) for key in keys]
+    predictions = [Prediction("", True, key, (1.0,), (0.25, 0.75)) for key in keys]
     write_cell(tmp_path, cell, predictions, setting, pretext="rotation", backbone="monai")
     table = collect(tmp_path, [cell])
     assert tuple(table.columns) == PREDICTION_COLUMNS
