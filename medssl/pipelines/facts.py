@@ -9,6 +9,7 @@ from typing import Any
 
 from medssl.atomic import atomic_write
 from medssl.downstream.base import DownstreamTask
+from medssl.pipelines.leakage import Leakage
 from medssl.scans.datasets.base import PROVENANCE
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
@@ -18,14 +19,14 @@ DATASET_FILE = "dataset.json"
 
 
 def data_facts(
-    index: Index, store: Store, splits: Splits, *, pretraining_pool: Sequence[str], overlap: int
+    index: Index, store: Store, splits: Splits, *, pretraining_pool: Sequence[str], leakage: Leakage
 ) -> dict[str, Any]:
     """Return the content of a run folder's ``data.json``.
 
     Args:
         index, store, splits: the data.
         pretraining_pool: patients that backbones were pretrained on in this run.
-        overlap: test patients that some init was pretrained on.
+        leakage: what was found and allowed.
     """
     table, accepted = index.table, index.accepted
     rejected = table[table["status"] == "rejected"]
@@ -45,7 +46,9 @@ def data_facts(
         "modalities": {str(k): int(v) for k, v in accepted["modality"].value_counts().items()},
         "spacing_mm": store.preprocessing.get("spacing_mm"),
         "pretraining_pool": len(pretraining_pool),
-        "test_patients_in_pool": overlap,
+        "test_patients_in_pool": leakage.patients,
+        "test_images_elsewhere": leakage.images,
+        "test_images_repeated": leakage.repeated,
         "index_digest": index.digest,
         "store_digest": store.digest,
     }  # fmt: skip

@@ -170,6 +170,8 @@ class EvaluationSection(Config):
         statistics: how inits are compared.
         allow_test_patients_in_pretraining: permit checkpoints that were pretrained on scans of
             test patients; the report then says so.
+        allow_duplicated_images: permit images of test patients that are also those of other
+            patients, in training, validation or a pretraining pool; the report then says so.
     """
 
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
@@ -178,6 +180,7 @@ class EvaluationSection(Config):
     splits: SplitConfig = SplitConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     allow_test_patients_in_pretraining: bool = False
+    allow_duplicated_images: bool = False
 
     @model_validator(mode="after")
     def _labels_are_different(self) -> EvaluationSection:

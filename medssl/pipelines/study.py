@@ -19,6 +19,7 @@ from medssl.pipelines import compare, prepare
 from medssl.pipelines import index as indexing
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
+from medssl.pipelines.leakage import overlap_with_pretraining
 from medssl.pipelines.pretrain import (
     Pretraining,
     PretrainSection,
@@ -37,7 +38,6 @@ from medssl.pipelines.transfer import (
     evaluate,
     labelled_patients,
     mask_folders,
-    overlap_with_pretraining,
     raise_failures,
 )
 from medssl.pretext import PRETEXT_TASKS

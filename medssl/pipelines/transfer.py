@@ -15,7 +15,7 @@ from medssl.atomic import atomic_write
 from medssl.config import ComponentConfig, Label, component
 from medssl.downstream import DOWNSTREAM_TASKS
 from medssl.downstream.base import DownstreamTask
-from medssl.errors import ConfigError, LabelError, LeakageError, MachineError
+from medssl.errors import ConfigError, LabelError, MachineError
 from medssl.evaluation.matrix import (
     Outcome,
     collect,
@@ -33,6 +33,7 @@ from medssl.models.inits import INITS
 from medssl.pipelines import compare, prepare
 from medssl.pipelines.cells import CellWork, Evaluation, run_name, track
 from medssl.pipelines.facts import data_digests, data_facts
+from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
@@ -40,7 +41,6 @@ from medssl.pipelines.sections import EvaluationSection, SamplingConfig
 from medssl.pipelines.starts import start_in_words
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
-from medssl.scans.splits import Splits
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.devices import select_device
 from medssl.transforms.preprocessing import PreprocessingConfig
@@ -245,30 +245,6 @@ def checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
     }
 
 
-def overlap_with_pretraining(
-    inits: Mapping[str, ComponentConfig], splits: Splits, *, allowed: bool
-) -> int:
-    """Return how many test patients an init was pretrained on.
-
-    Raises:
-        LeakageError: there are some, and the config does not allow it.
-    """
-    test = set(splits.test)
-    worst = 0
-    for label, init in inits.items():
-        if init.name != "checkpoint" or not hasattr(init, "path"):
-            continue
-        shared = test & set(load_contract(init.path).patients)
-        worst = max(worst, len(shared))
-        if shared and not allowed:
-            raise LeakageError(
-                f"init {label!r} was pretrained on scans of {len(shared)} of the {len(test)} test "
-                "patients. Pretrain it with the same splits file (splits.file), or set "
-                "allow_test_patients_in_pretraining: true, and the report will say so."
-            )
-    return worst
-
-
 def evaluate(
     evaluation: Evaluation,
     out: Path,
@@ -284,24 +260,25 @@ def evaluate(
         compared without them.
 
     Raises:
-        LeakageError: test patients are among those that an init was pretrained on.
+        LeakageError: test patients, or their images, are where they must not be.
         MachineError: so many cells failed that nothing is left to compare.
     """
-    overlap = overlap_with_pretraining(
-        evaluation.inits,
-        evaluation.splits,
-        allowed=evaluation.section.allow_test_patients_in_pretraining,
-    )
+    section = evaluation.section
+    leakage = check_leakage(
+        evaluation.inits, evaluation.store, evaluation.splits,
+        allow_patients=section.allow_test_patients_in_pretraining,
+        allow_images=section.allow_duplicated_images,
+    )  # fmt: skip
     facts = data_facts(
         evaluation.index,
         evaluation.store,
         evaluation.splits,
         pretraining_pool=evaluation.pretraining_pool,
-        overlap=overlap,
+        leakage=leakage,
     )
     folder.write_json("data.json", facts)
     cells = evaluation.cells()
-    matrix = evaluation.section.matrix
+    matrix = section.matrix
     work = CellWork(evaluation, out / "cells", out / "features")
 
     def ended(outcome: Outcome) -> None:

@@ -18,11 +18,11 @@ from medssl.models.checkpoints import Contract, lineage, load_contract, read_wei
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import study as studies_pipeline
 from medssl.pipelines.cells import Evaluation
+from medssl.pipelines.leakage import overlap_with_pretraining
 from medssl.pipelines.pretrain import Pretraining, PretrainSection, pretrain_backbone
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import (
     checkpoint_digests,
-    overlap_with_pretraining,
     pretexts_of,
 )
 from medssl.pretext import PRETEXT_TASKS

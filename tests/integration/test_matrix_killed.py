@@ -16,7 +16,10 @@ import pytest
 from studies import environment, medssl, settings, write_archive, write_config
 
 NUM_KILLS = 10
-SEEDS = [0, 1, 2]
+KEPT = (
+    "seed", "preprocessing", "sampling", "backbone", "tasks", "protocols", "splits", "statistics",
+)  # fmt: skip
+"""Sections that a transfer has as a study has them."""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +49,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inits": {"random": "random", "other": "random"},
         "matrix": {
             "labelled_patients": [2],
-            "seeds": SEEDS,
+            "seeds": [0, 1, 2],
             "executor": {"name": "local", "num_workers": 2},
         },
         "tracking": {"mlflow": False},
-    }
+    }  # fmt: skip
     write_config(place / "transfer.yaml", config)
     assert run(place, "whole") == 0
     return place
