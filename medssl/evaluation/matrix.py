@@ -124,7 +124,17 @@ def write_cell(
     notes: CellNotes | None = None,
 ) -> None:
     """Write one cell's predictions and notes, atomically."""
-    rows: list[dict[str, Any]] = [
+    kept = {_NOTES: json.dumps(asdict(notes or CellNotes())).encode()}
+    rows = prediction_rows(cell, predictions, setting, pretext=pretext, backbone=backbone)
+    table = pa.Table.from_pylist(rows, schema=_PREDICTION_SCHEMA.with_metadata(kept))
+    atomic_write(cell_path(folder, cell), lambda path: pq.write_table(table, path))
+
+
+def prediction_rows(
+    cell: Cell, predictions: Sequence[Prediction], setting: Setting, *, pretext: str, backbone: str
+) -> list[dict[str, Any]]:
+    """Return one row a prediction, with the columns of ``predictions.parquet``."""
+    return [
         {
             "init": cell.init,
             "pretext": pretext,
@@ -145,9 +155,6 @@ def write_cell(
         }
         for prediction in predictions
     ]
-    kept = {_NOTES: json.dumps(asdict(notes or CellNotes())).encode()}
-    table = pa.Table.from_pylist(rows, schema=_PREDICTION_SCHEMA.with_metadata(kept))
-    atomic_write(cell_path(folder, cell), lambda path: pq.write_table(table, path))
 
 
 def read_notes(folder: Path, cell: Cell) -> CellNotes:

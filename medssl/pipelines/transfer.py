@@ -30,7 +30,7 @@ from medssl.models.backbones import BACKBONES
 from medssl.models.build import build_backbone
 from medssl.models.checkpoints import load_contract
 from medssl.models.inits import INITS
-from medssl.pipelines import compare, prepare
+from medssl.pipelines import baselines, compare, prepare
 from medssl.pipelines.cells import CellWork, Evaluation, run_name, track
 from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.leakage import check_leakage
@@ -305,6 +305,7 @@ def evaluate(
         if not unfinished(work.folder, cells):
             shutil.rmtree(work.feature_folder, ignore_errors=True)
     write_failures(out / FAILURES_FILE, failed)
+    baselines.run(evaluation, out)
     kept = comparable(cells, work.folder) if failed else cells
     if len({cell.init for cell in kept}) < 2:
         raise too_many_failed(failed, len(cells))
