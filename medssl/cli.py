@@ -752,6 +752,39 @@ def gallery(run: Path, out: Path | None, k: int, as_json: bool) -> None:
     click.echo(f"Gallery: {found.folder}{note}")
 
 
+@cli.command()
+@click.argument("run", metavar="RUN_FOLDER", type=_PATH)
+@_out("Where to write. Default: features_of_scans, inside the run folder.")
+@_JSON
+def features(run: Path, out: Path | None, as_json: bool) -> None:
+    """Show what the frozen features of a study know: classes, scanners, sites, and each other.
+
+    Writes maps of scans (PCA and t-SNE) by label, scanner, site and patient, the likeness of every
+    layer of every init (CKA), and how well a linear classifier tells scanners and sites: features
+    that tell them may carry them into your results. Test patients are not looked at.
+
+    \b
+    medssl features runs/demo
+    """
+    from medssl.pipelines import features as pipeline
+
+    with _progress(as_json) as progress:
+        found = pipeline.run(run, out, progress=progress)
+    if as_json:
+        _print(
+            {
+                "features": str(found.folder), "num_scans": found.num_scans,
+                "num_patients": found.num_patients,
+                "told_apart": found.told.to_dict("records"),
+            },
+            as_json,
+        )  # fmt: skip
+        return
+    for line in pipeline.describe(found):
+        click.echo(line)
+    click.echo(f"Features: {found.folder}")
+
+
 @cli.group()
 def pretext() -> None:
     """Pretext tasks: see their puzzles, and how far shortcuts solve them."""

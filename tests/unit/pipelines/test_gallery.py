@@ -13,22 +13,15 @@ import pandas as pd
 import pytest
 import yaml
 
+from finished_studies import finished_study
 from medssl.cli import cli
 from medssl.config import load_config
 from medssl.errors import ConfigError, DataError, MedsslError, WeightsError
-from medssl.models.build import build_backbone
-from medssl.models.checkpoints import Contract, save_checkpoint
-from medssl.pipelines import gallery, prepare
-from medssl.pipelines import index as indexing
-from medssl.pipelines.contract import image_contract
-from medssl.pipelines.facts import data_digests
-from medssl.pipelines.pretrain import draw_splits
+from medssl.pipelines import gallery
 from medssl.pipelines.study import StudyConfig
-from medssl.pipelines.transfer import build_tasks, labelled_patients, mask_folders
 from medssl.reports.gallery import PIXELS
 from medssl.scans.splits import Splits
 from samples import PLANTED
-from studies import settings, write_archive, write_config
 
 SIZE = (16, 16)
 
@@ -36,38 +29,7 @@ SIZE = (16, 16)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study's run folder whose backbones are saved and hold random weights; not to be changed."""
-    root = tmp_path_factory.mktemp("gallery")
-    content = settings(write_archive(root / "archive"), include_images=True)
-    content["splits"] = {"val_fraction": 0.4, "test_fraction": 0.3}
-    run = root / "runs" / "tiny"
-    run.mkdir(parents=True)
-    config = load_config(write_config(root / "tiny.yaml", content), StudyConfig)
-    (run / "config.yaml").write_text(config.to_yaml())
-    index = indexing.run(config.index, config.workplace / "index")
-    store = prepare.prepare(
-        index,
-        config.preprocessing,
-        prepare.store_folder(config.workplace, config.preprocessing),
-        masks=mask_folders(config),
-    )
-    tasks = build_tasks(config, config.sampling, index)
-    splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
-    splits.write(run / "splits.json")
-    digests = data_digests(index, store, splits, tasks.values())
-    (run / "provenance.json").write_text(json.dumps({"data": digests}))
-    request = config.sampling.request()
-    for number, label in enumerate(("rotation", "inpainting"), start=50):
-        backbone, _ = build_backbone(
-            config.backbone, config.inits["random"].init, in_channels=1, seed=number
-        )
-        contract = Contract(
-            **image_contract(store, request), in_channels=1, spatial_dims=2,
-            backbone=config.backbone.model_dump(mode="json"), init={"name": "random"},
-            pretext={"name": label}, index_digest=index.digest, store_digest=store.digest,
-            patients=splits.train, seed=0, steps=1, package_versions={},
-        )  # fmt: skip
-        save_checkpoint(run / "checkpoints" / label, backbone, contract)
-    return run
+    return finished_study(tmp_path_factory.mktemp("gallery"))
 
 
 @pytest.fixture(scope="module")
