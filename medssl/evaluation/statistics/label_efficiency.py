@@ -69,8 +69,8 @@ def labels_saved(
             continue
         for init_values, theirs in group[group["init"] != reference].groupby(INIT, sort=False):
             both = shared_seeds(_comparable(theirs, ours, f"{names['task']}, {names['protocol']}"))
-            if both.empty:
-                continue  # each number of labelled patients was run with other seeds
+            if both["init"].nunique() < 2:
+                continue  # no number of labelled patients, or no seed, that both have
             curve, base = (
                 curve_of(both[(both["init"] == reference) == is_reference], metric,
                          num_resamples, seed)

@@ -127,6 +127,14 @@ def test_a_reference_with_one_number_of_labels_has_no_curve() -> None:
     assert len(learning_curves(table)) == 0
 
 
+def test_an_init_run_with_other_numbers_of_labels_or_other_seeds_is_left_out() -> None:
+    other = studies({"imagenet": REFERENCE, "ssl": {7: 0.7, 13: 0.8}})
+    assert len(labels_saved(other, num_resamples=10)) == 0
+    table = studies({"imagenet": REFERENCE, "ssl": REFERENCE}, num_seeds=2)
+    mixed = table[(table["seed"] == 0) == (table["num_labelled_patients"] == 5)]
+    assert len(labels_saved(mixed, num_resamples=10)) == 0
+
+
 def test_inits_tested_on_other_cases_are_refused() -> None:
     table = studies({"imagenet": REFERENCE, "ssl": REFERENCE})
     with pytest.raises(DataError, match="were not tested on the same cases"):
