@@ -112,8 +112,8 @@ def limits(contents: Contents) -> list[str]:
         )
     elif num_seeds < FEW_SEEDS:
         rough = (
-            " Two seeds hardly show how much runs differ: intervals are wide where they may, and "
-            "hold the truth a little less often than they say where runs differ more than patients."
+            " Two seeds hardly show how much runs differ: intervals are wider than they would have "
+            "to be."
         )
         found.append(
             f"Only {num_seeds} seeds for each cell.{rough if num_seeds == 2 else ''} At least "

@@ -48,11 +48,14 @@ class Spread:
         interaction_sd: what a run does to a single patient, 0 with one seed (part of
             ``patient_sd``, then).
         run_sd: between runs, common to all patients; nan with one seed.
+        seen_sd: between the seeds of the study on its own patients, of which ``run_sd`` is what
+            patients do not explain; nan where a study is only planned.
     """
 
     patient_sd: float
     interaction_sd: float
     run_sd: float
+    seen_sd: float = float("nan")
 
     def variance(self, num_patients: int, num_seeds: int) -> float:
         """Return the variance of the mean over so many patients and seeds."""
@@ -63,6 +66,7 @@ class Spread:
         of_patients = num_patients - 1.0
         patients, runs = self._patients(num_patients), self._runs(num_patients, num_seeds)
         if num_seeds == _TWO:
+            runs = runs if np.isnan(self.seen_sd) else self.seen_sd**2 / num_seeds
             squares = special.stdtrit([of_patients, 1.0], alpha / 2) ** 2
             return float(np.sqrt(squares @ [patients, runs]))
         freedom = self.freedom(num_patients, num_seeds)
@@ -228,4 +232,5 @@ def spread_of(values: Array, samples: Array, num_patients: int) -> Spread:
         float(np.sqrt(num_patients * common)),
         float(np.sqrt(num_patients * apart)),
         float(np.sqrt(own)),
+        float(values.std(ddof=1)),
     )

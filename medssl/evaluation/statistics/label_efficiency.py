@@ -21,6 +21,8 @@ from medssl.evaluation.statistics.learning_curves import Curve, curve_of, monoto
 from medssl.evaluation.statistics.resampling import expanded_interval
 
 AT_LEAST, AT_MOST = "at least", "at most"
+# Curves of the same weights under two names differ by the rounding of sums.
+_ROUNDING = 1e-9
 
 SAVED_COLUMNS = [
     "init", "pretext", "reference", "backbone", "task", "task_kind", "protocol", "metric",
@@ -115,7 +117,7 @@ def needed(counts: Array, curves: Array, goals: Array) -> tuple[Array, np.ndarra
         (R,) numbers between the first and last measured one; (R,) 1 where the goal lies above the
         last value, -1 where it lies below the first, else 0.
     """
-    place = (curves < goals[:, None]).sum(axis=1)
+    place = (curves < goals[:, None] - _ROUNDING).sum(axis=1)
     last = len(counts) - 1
     upper, lower = np.clip(place, 1, last), np.clip(place, 1, last) - 1
     rows = np.arange(len(goals))
@@ -124,7 +126,7 @@ def needed(counts: Array, curves: Array, goals: Array) -> tuple[Array, np.ndarra
         share = np.where(rise > 0, (goals - curves[rows, lower]) / rise, 0.0)
     scale = np.log(counts)
     found = np.exp(scale[lower] + np.clip(share, 0, 1) * (scale[upper] - scale[lower]))
-    side = np.where(place > last, 1, np.where(goals < curves[:, 0], -1, 0))
+    side = np.where(place > last, 1, np.where(goals < curves[:, 0] - _ROUNDING, -1, 0))
     return np.where(place > last, counts[-1], np.where(place == 0, counts[0], found)), side
 
 
@@ -135,11 +137,12 @@ def _rows(curve: Curve, base: Curve, num_patients: int, alpha: float) -> list[di
     for place, count in enumerate(curve.counts):
         value = curve.values[place]
         (needs,), (side,) = needed(base.counts, reference, np.array([value]))
-        sampled, _ = needed(base.counts, references, curve.samples[:, place])
+        sampled, sides = needed(base.counts, references, curve.samples[:, place])
         shares = np.where(known, 1 - count / sampled, np.nan)
         low, high = expanded_interval(shares, num_patients, alpha)
         # What the measured range allows: beyond its ends a share is a bound.
-        least, most = 1 - count / base.counts[0], 1 - count / base.counts[-1]
+        least = 1 - count / base.counts[0] if (sides < 0).any() else np.nan
+        most = 1 - count / base.counts[-1] if (sides > 0).any() else np.nan
         rows.append(
             {
                 "num_labelled_patients": round(count),

@@ -70,6 +70,12 @@ def test_two_seeds_keep_one_degree_of_freedom_each_for_its_own_part() -> None:
     spread = Spread(patient_sd=0.3, interaction_sd=0.0, run_sd=0.1)
     wanted = np.hypot(stats.t.ppf(0.975, 29) * 0.3 / np.sqrt(30), 12.706 * 0.1 / np.sqrt(2))
     assert spread.reach(30, 2, 0.05) == pytest.approx(wanted, rel=1e-4)
+    # Of a study that was done, the runs vary by what was seen of them.
+    values = crossed(2, runs=0.05, alone=0.1)
+    spread = known(values).spread
+    seen = 12.706 * values.mean(axis=0).std(ddof=1) / np.sqrt(2)
+    patients = stats.t.ppf(0.975, 29) * spread.patient_sd / np.sqrt(30)
+    assert spread.reach(30, 2, 0.05) == pytest.approx(np.hypot(patients, seen), rel=1e-4)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 3, 5])

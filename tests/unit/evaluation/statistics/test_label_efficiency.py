@@ -116,6 +116,12 @@ def test_an_end_of_the_interval_beyond_what_was_measured_is_a_bound() -> None:
     assert table.loc[5, "ci_high"] == pytest.approx(1 - 5 / 80)
 
 
+def test_an_end_that_the_reference_reached_itself_is_no_bound() -> None:
+    table = saved(REFERENCE)
+    assert set(table["bound"]) | set(table["ci_low_bound"]) | set(table["ci_high_bound"]) == {""}
+    assert table["saved_share"].tolist() == pytest.approx([0] * len(COUNTS))
+
+
 def test_one_seed_speaks_about_patients_alone() -> None:
     table = saved(REFERENCE, num_seeds=1)
     assert set(table["ci_over"]) == {"patients"}
