@@ -36,7 +36,7 @@ _COUNTABLE = 10
 _TWO = 2
 _LEAST_LEVEL = 1e-12
 _ROUNDING = 1e-12
-_BISECTIONS = 60
+_BISECTIONS = 45
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Uncertain:
     num_patients: int
     num_seeds: int
     _means: Array  # resampled means over seeds, ascending; empty where nothing can be said
+    _deviation: float  # of these
 
     @property
     def over(self) -> str:
@@ -169,7 +170,7 @@ class Uncertain:
         z = -expansion(self.num_patients) * special.stdtrit(self.num_patients - 1, alpha / 2)
         of_patients = self._beyond(z, below=below)
         reach = self.spread.reach(self.num_patients, self.num_seeds, alpha)
-        added = reach**2 - (z * self._means.std()) ** 2
+        added = reach**2 - (z * self._deviation) ** 2
         return float(np.sqrt(max(of_patients, 0.0) ** 2 + max(added, 0.0)))
 
     def _beyond(self, z: float, *, below: bool) -> float:
@@ -187,7 +188,7 @@ class Uncertain:
         if tail < countable:
             # Beyond what counting resolves, the tail of the normal distribution: else the number
             # of resamples, not the data, would bound p from below and Holm could not be passed.
-            distance += (z + special.ndtri(countable)) * self._means.std()
+            distance += (z + special.ndtri(countable)) * self._deviation
         return float(distance)
 
     def _level_of_one(self, count: int) -> float:
@@ -206,12 +207,14 @@ def uncertain(values: Array, samples: Array, num_patients: int) -> Uncertain:
     """
     known = defined(samples)
     enough = num_patients >= 2 and len(known) >= max(MIN_DEFINED_SHARE * len(samples), 2)
+    means = np.sort(known.mean(axis=1)) if enough else np.empty(0)
     return Uncertain(
         float(values.mean()),
         spread_of(values, samples, num_patients),
         num_patients,
         len(values),
-        np.sort(known.mean(axis=1)) if enough else np.empty(0),
+        means,
+        float(means.std()) if enough else float("nan"),
     )
 
 
