@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from medssl.errors import DataError
+from medssl.evaluation.metrics import METRICS, Metric
 from medssl.evaluation.statistics import compare, estimate, holm
 
 
@@ -235,3 +236,14 @@ def test_inits_without_any_pretext_may_leave_the_column_empty() -> None:
     )
     assert list(compare(table, num_resamples=50)["init"]) == ["random"]
     assert list(estimate(table, num_resamples=50)["layer"]) == ["", ""]
+
+
+def test_of_errors_the_smaller_is_better_and_the_effect_positive(monkeypatch) -> None:
+    dice = METRICS["dice"]
+    monkeypatch.setitem(METRICS, "mae", Metric("mae", False, dice.compute, dice.resampled))
+    table = predictions({"imagenet": 0.0, "rotation": -0.05, "random": 0.05})
+    rows = compare(table, {"hippocampus": "mae"}, num_resamples=500).set_index("init")
+    assert rows.loc["rotation", "value"] < rows.loc["rotation", "reference_value"]
+    assert rows.loc["rotation", "ci_low"] > 0
+    assert list(rows.loc[["rotation", "random"], "verdict"]) == ["better", "worse"]
+    assert rows["margin"].isna().all()
