@@ -10,12 +10,14 @@ import pandas as pd
 
 from medssl.atomic import atomic_write
 from medssl.errors import DataError
-from medssl.evaluation.statistics import compare, estimate
+from medssl.evaluation.statistics import compare, estimate, labels_saved, learning_curves, power
 from medssl.pipelines import baselines
 from medssl.pipelines.run_folder import RunFolder, keep_inits, noted_inits
 from medssl.pipelines.sections import StatisticsConfig
 from medssl.reports.html import build_report
 from medssl.tracking.base import RunHandle
+
+TABLES = ("results", "comparisons", "labels_saved", "learning_curves", "power")
 
 
 def conclude(
@@ -31,28 +33,38 @@ def conclude(
     baselines.tabulate(out, predictions, statistics, metrics)
     folder.finish()
     handle.artifact(out / "config.yaml")
-    handle.artifact(out / "results.csv")
-    handle.artifact(out / "comparisons.csv")
+    for name in TABLES:
+        handle.artifact(out / f"{name}.csv")
     handle.artifact(build_report(out))
 
 
 def tabulate(
     out: Path, predictions: pd.DataFrame, statistics: StatisticsConfig, metrics: Mapping[str, str]
 ) -> pd.DataFrame:
-    """Write ``results.csv`` and ``comparisons.csv``; returns the comparisons.
+    """Write the tables of `TABLES`, each as a CSV file; returns the comparisons.
 
-    Without the reference among the inits, ``comparisons.csv`` has no rows.
+    Without the reference among the inits, the tables that compare with it have no rows.
     """
-    results = estimate(predictions, metrics, alpha=statistics.alpha)
-    atomic_write(out / "results.csv", results.to_csv(index=False))
+    alpha = statistics.alpha
     comparisons = compare(
         predictions,
         metrics,
         reference=statistics.reference,
+        margin=statistics.margin,
         num_resamples=statistics.num_resamples,
-        alpha=statistics.alpha,
+        alpha=alpha,
     )
-    atomic_write(out / "comparisons.csv", comparisons.to_csv(index=False))
+    tables = {
+        "results": estimate(predictions, metrics, alpha=alpha),
+        "comparisons": comparisons,
+        "labels_saved": labels_saved(
+            predictions, metrics, reference=statistics.reference, alpha=alpha
+        ),
+        "learning_curves": learning_curves(predictions, metrics, alpha=alpha),
+        "power": power(comparisons, alpha=alpha),
+    }
+    for name in TABLES:
+        atomic_write(out / f"{name}.csv", tables[name].to_csv(index=False))
     return comparisons
 
 

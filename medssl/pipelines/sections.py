@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from medssl.config import ComponentConfig, Config, component
 from medssl.downstream import DOWNSTREAM_TASKS
+from medssl.evaluation.metrics import METRICS
 from medssl.evaluation.protocols import PROTOCOLS
+from medssl.evaluation.statistics.families import USUAL_MARGINS
 from medssl.executors import EXECUTORS
 from medssl.executors.local import Config as LocalConfig
 from medssl.executors.local import default_workers
@@ -134,12 +136,30 @@ class StatisticsConfig(Config):
     Attributes:
         reference: the init that the others are compared with.
         num_resamples: bootstrap resamples of patients.
-        alpha: 1 minus the confidence level; also the family-wise error rate.
+        alpha: 1 minus the confidence level; also the family-wise error rate. The family is all
+            comparisons of one task: every init, protocol and number of labelled patients.
+        margin: how much worse than the reference still counts as not worse, in units of the
+            metric: by the metric's name, one number for every metric, or null for no such test.
+            Metrics that are not named are not tested. Fix it before running.
     """
 
     reference: str = "imagenet"
     num_resamples: int = Field(default=10_000, ge=100)
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    margin: dict[str, float] | float | None = Field(default_factory=lambda: dict(USUAL_MARGINS))
+
+    @model_validator(mode="after")
+    def _margins_of_metrics(self) -> StatisticsConfig:
+        margins = self.margin if isinstance(self.margin, dict) else {"": self.margin or 0.0}
+        known = sorted({*METRICS, *USUAL_MARGINS, ""})
+        for name, margin in margins.items():
+            if name not in known:
+                raise ValueError(
+                    f"margin: there is no metric {name!r}. There are: {', '.join(known[1:])}"
+                )
+            if not 0 <= margin < float("inf"):
+                raise ValueError(f"margin must be 0 or more, not {margin:g}")
+        return self
 
     def check_reference(self, inits: Iterable[str]) -> None:
         """Refuse a reference that is not among the inits: nothing would be compared.

@@ -19,7 +19,8 @@ PRETRAIN_PREFIX = "pretrain/"
 
 _TEXT_COLUMNS = (
     "init", "pretext", "reference", "backbone", "task", "task_kind", "protocol", "layer", "metric",
-    "verdict",
+    "verdict", "ci_over", "bound", "ci_low_bound", "ci_high_bound", "fit", "limit_for_effect",
+    "limit_for_margin",
 )  # fmt: skip
 
 
@@ -60,6 +61,9 @@ class Contents:
     pretraining: list[LoggedRun]
     validations: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    labels_saved: pd.DataFrame = field(default_factory=pd.DataFrame)
+    learning_curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    power: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def reference(self) -> str:
@@ -122,6 +126,9 @@ def read_contents(folder: Path) -> Contents:
             for path in sorted((folder / "checkpoints").glob("*/validation.json"))
         },
         names=names,
+        labels_saved=_with_names(_table(folder / "labels_saved.csv"), names),
+        learning_curves=_with_names(_table(folder / "learning_curves.csv"), names),
+        power=_with_names(_table(folder / "power.csv"), names),
     )
 
 

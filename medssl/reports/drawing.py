@@ -159,6 +159,9 @@ def draw_effects(axes: Axes, theme: Theme, rows: pd.DataFrame, palette: Palette)
             colour = palette.colour(row["init"], theme)
             shown = row["verdict"] in (BETTER, WORSE)
             axes.plot([row["ci_low"], row["ci_high"]], [place, place], color=colour, lw=2)
+            if "verdict_low" in row:
+                corrected = [row["verdict_low"], row["verdict_high"]]
+                axes.plot(corrected, [place, place], color=colour, lw=0.7)
             axes.plot(
                 row["effect"], place, palette.marker(row["init"]).replace(".", "o"), color=colour,
                 mfc=colour if shown else theme.page, mew=1.6, ms=6.5,
@@ -197,6 +200,22 @@ def draw_curves(
     axes.set_xlabel("labelled patients (logarithmic)")
     axes.set_ylabel(metric)
     _label_ends(axes, float(counts[-1]), ends)
+
+
+def draw_fits(axes: Axes, theme: Theme, fitted: pd.DataFrame, palette: Palette) -> None:
+    """Draw the power laws of learning curves, within what was measured, with their intervals."""
+    for init, rows in fitted.groupby("init", sort=False) if len(fitted) else ():
+        rows = rows.sort_values("num_labelled_patients")
+        colour, law = palette.colour(str(init), theme), rows.iloc[0]
+        counts = rows["num_labelled_patients"].to_numpy(float)
+        x = np.geomspace(counts[0], counts[-1], 60)
+        side = np.sign(law["asymptote"] - law["fitted"])  # errors fall to their asymptote
+        axes.plot(
+            x, law["asymptote"] - side * law["gain"] * x ** -law["exponent"], color=colour, lw=1,
+            ls="--",
+        )  # fmt: skip
+        for end in ("fitted_low", "fitted_high"):
+            axes.plot(counts, rows[end], color=colour, lw=0.7, ls=":")
 
 
 def draw_layers(

@@ -116,11 +116,21 @@ def limits(contents: Contents) -> list[str]:
         return ["This run says how well puzzles are solved, not whether that helps a task."]
     num_seeds, num_patients = int(table["num_seeds"].min()), int(table["num_patients"].min())
     found = []
-    if num_seeds < FEW_SEEDS:
+    if num_seeds == 1:
         found.append(
-            f"Only {num_seeds} {_plural(num_seeds, 'seed', 'seeds')} for each cell: another "
-            f"training run may fall differently. At least {FEW_SEEDS} are needed for a verdict to "
-            "lean on."
+            "One seed for each cell: intervals and verdicts speak about these very training runs "
+            "on other patients. Nothing is known of other runs, which may fall differently; a "
+            f"difference may be one of luck. At least {FEW_SEEDS} are needed for a verdict to lean "
+            "on."
+        )
+    elif num_seeds < FEW_SEEDS:
+        rough = (
+            " Two seeds hardly show how much runs differ: intervals are wider than they would have "
+            "to be."
+        )
+        found.append(
+            f"Only {num_seeds} seeds for each cell.{rough if num_seeds == 2 else ''} At least "
+            f"{FEW_SEEDS} are needed for a verdict to lean on."
         )
     if num_patients < FEW_PATIENTS:
         found.append(
@@ -129,9 +139,9 @@ def limits(contents: Contents) -> list[str]:
         )
     found += [
         (
-            "The intervals speak about other patients of the same kind. They do not cover other "
-            "hospitals, scanners or tasks, nor other random seeds; the range over seeds stands "
-            "beside them."
+            "The intervals speak about other patients of the same kind"
+            f"{', and about other training runs from the same weights' if num_seeds > 1 else ''}. "
+            "They do not cover other hospitals, scanners or tasks."
         ),
         (
             "“No difference shown” does not mean equal: the interval says how large a difference "

@@ -17,11 +17,13 @@ from medssl.reports.drawing import (
     draw_confusion,
     draw_curves,
     draw_effects,
+    draw_fits,
     draw_layers,
     draw_patients,
     draw_pretraining,
     picture,
 )
+from medssl.reports.labels import FITTED, fits_in_words
 from medssl.reports.tables import (
     by_protocol,
     comparison_rows,
@@ -50,8 +52,8 @@ def effect_pictures(contents: Contents) -> list[Picture]:
                 f"effect_{_slug(task)}_{_slug(protocol)}",
                 f"{task}: difference from {reference}, {protocol_name(protocol)}",
                 f"Difference in {metric} from {reference} on the same test patients, with "
-                f"{contents.confidence * 100:g} % intervals. Filled: the difference stands after "
-                "Holm's correction. Hollow: no difference shown.",
+                f"{contents.confidence * 100:g} % intervals; thin: at the level of the verdict, "
+                "after Holm's correction. Filled: the thin line misses 0, a difference is shown.",
                 _effects_in_words(rows),
                 draw,
                 height=0.9 + 0.27 * (len(rows) + rows["label_fraction"].nunique()),
@@ -68,20 +70,27 @@ def curve_pictures(contents: Contents) -> list[Picture]:
         if table["num_labelled_patients"].nunique() < 2:
             continue
         metric = metric_name(str(table["metric"].iloc[0]))
+        laws = _of(contents.learning_curves, task, protocol)
+        fitted = laws[laws["fit"] == FITTED] if len(laws) else laws
 
         def draw(
-            axes: Axes, theme: Theme, table: pd.DataFrame = table, metric: str = metric
+            axes: Axes,
+            theme: Theme,
+            table: pd.DataFrame = table,
+            fitted: pd.DataFrame = fitted,
+            metric: str = metric,
         ) -> None:
             draw_curves(axes, theme, table, metric, palette)
+            draw_fits(axes, theme, fitted, palette)
 
         pictures.append(
             picture(
                 f"labels_{_slug(task)}_{_slug(protocol)}",
                 f"{task}: {metric} by number of labels, {protocol_name(protocol)}",
                 f"Mean over seeds on the test patients; bands: {contents.confidence * 100:g} % "
-                "intervals by patient. Bands of two inits may overlap although they differ: the "
-                "comparison is paired, see the differences.",
-                _curves_in_words(table, metric),
+                f"intervals over {_over(table)}. Bands of two inits may overlap although they "
+                f"differ: the comparison is paired, see the differences.{_laws_in_words(fitted)}",
+                _curves_in_words(table, metric) + fits_in_words(laws),
                 draw,
                 height=3.5,
             )
@@ -254,6 +263,23 @@ def _curves_in_words(table: pd.DataFrame, metric: str) -> str:
         )
         parts.append(f"{init_name(str(init))}: {points}")
     return f"{metric} by labelled patients. {'; '.join(parts)}."
+
+
+def _laws_in_words(fitted: pd.DataFrame) -> str:
+    if not len(fitted):
+        return ""
+    return " Dashed: a power law fitted to each curve, dotted its interval at the measured points."
+
+
+def _over(table: pd.DataFrame) -> str:
+    """Return what the intervals speak about."""
+    return "other patients" if table["num_seeds"].min() < 2 else "other patients and training runs"
+
+
+def _of(table: pd.DataFrame, task: str, protocol: str) -> pd.DataFrame:
+    if not len(table):
+        return table
+    return table[(table["task"] == task) & (table["protocol"] == protocol)]
 
 
 def _layers_in_words(table: pd.DataFrame, metric: str) -> str:

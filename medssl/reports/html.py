@@ -26,13 +26,13 @@ from medssl.reports.figures import (
     patient_pictures,
     pretraining_pictures,
 )
+from medssl.reports.labels import fit_blocks, labels_saved, power_blocks, saved_blocks
 from medssl.reports.page import data_uri, environment, style
 from medssl.reports.tables import (
     by_protocol,
     comparison_rows,
     headline,
     init_name,
-    labels_saved,
     metric_name,
     protocol_name,
     title,
@@ -46,9 +46,9 @@ FIGURES = "figures"
 def build_report(run_folder: Path) -> Path:
     """Write ``report.html`` and ``figures/*.png`` from the run folder's own files.
 
-    Reads ``config.yaml, predictions.parquet, results.csv, comparisons.csv, journal.jsonl,
-    provenance.json, data.json, checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what
-    is missing is left out.
+    Reads ``config.yaml, predictions.parquet, results.csv, comparisons.csv, labels_saved.csv,
+    learning_curves.csv, power.csv, journal.jsonl, provenance.json, data.json,
+    checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what is missing is left out.
 
     Returns:
         Path of ``report.html``.
@@ -112,6 +112,10 @@ def _words(contents: Contents) -> dict[str, Any]:
             for (task, protocol), table in by_protocol(contents.comparisons)
         ],
         "labels_saved": labels_saved(contents),
+        "saved": saved_blocks(contents),
+        "fits": fit_blocks(contents),
+        "powers": power_blocks(contents),
+        "families": _families(contents),
         "protocols": list(contents.results["protocol"].unique()) if len(contents.results) else [],
         "num_resamples": (contents.config.get("statistics") or {}).get("num_resamples", 10_000),
         "num_seeds": int(contents.results["num_seeds"].max()) if len(contents.results) else 0,
@@ -126,6 +130,15 @@ def _words(contents: Contents) -> dict[str, Any]:
         "command": contents.provenance.get("command", ""),
         "config_text": contents.config_text,
     }
+
+
+def _families(contents: Contents) -> str:
+    """Say how many comparisons each correction runs over."""
+    table = contents.comparisons
+    if "family_size" not in table:
+        return ""
+    sizes = table.groupby("task", sort=False)["family_size"].first()
+    return ", ".join(f"{task} {size:.0f}" for task, size in sizes.items())
 
 
 def _examples(contents: Contents) -> list[dict[str, str]]:

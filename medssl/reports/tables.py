@@ -11,12 +11,10 @@ import pandas as pd
 
 from medssl.reports.contents import Contents, read_contents
 
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
+BETTER, WORSE = "better", "worse"
+NOT_WORSE, NO_DIFFERENCE = "not worse", "no difference shown"
 MIXED = "mixed"
 MINUS = "\N{MINUS SIGN}"
-
-# Fewer labels saved than this share of them is within what interpolation can invent.
-WORTH_SAYING = 0.8
 
 METRIC_NAMES = {
     "dice": "Dice",
@@ -40,7 +38,7 @@ class Verdict:
 
     Attributes:
         outcome: of the pretrained inits together: better if any is, worse if any is, mixed if
-            there are both, else no difference shown.
+            there are both; else not worse if any is, else no difference shown.
         sentence: the answer in words.
     """
 
@@ -113,13 +111,18 @@ def headline(contents: Contents) -> str:
         )
     reference = init_name(contents.reference)
     total = len(spoken)
-    better, worse = (int((spoken["verdict"] == word).sum()) for word in (BETTER, WORSE))
+    better, worse, equal = (
+        int((spoken["verdict"] == word).sum()) for word in (BETTER, WORSE, NOT_WORSE)
+    )
     if total == 1:
-        answer = {BETTER: "Yes", WORSE: "No"}.get(spoken["verdict"].iloc[0], "Not shown")
+        answer = {BETTER: "Yes", WORSE: "No", NOT_WORSE: "Not shown, but it is not worse"}.get(
+            spoken["verdict"].iloc[0], "Not shown"
+        )
         return f"{answer}, in the one comparison this study makes."
+    not_worse = f"not worse in {equal}, " if equal else ""
     counts = (
         f"Of {total} comparisons with {reference}, pretraining was better in {better}, worse in "
-        f"{worse}, and no difference was shown in {total - better - worse}."
+        f"{worse}, {not_worse}and no difference was shown in {total - better - worse - equal}."
     )
     if better and not worse:
         answer = "Yes, always" if better == total else "In part"
@@ -144,40 +147,6 @@ def no_verdict(contents: Contents) -> str:
         f"No verdict: nothing here can be compared with {init_name(contents.reference)} "
         f"(inits of this study: {inits})."
     )
-
-
-def labels_saved(contents: Contents) -> list[str]:
-    """Say how many labels reach what the reference reaches with its most labels.
-
-    Interpolated between the measured numbers of labelled patients on a logarithmic scale; a point
-    estimate without an interval, which the text says.
-    """
-    lines: list[str] = []
-    if "selected" not in contents.results:
-        return lines
-    table = contents.results[contents.results["selected"]]
-    for (task, protocol), group in by_protocol(table):
-        reference = group[group["init"] == contents.reference].sort_values("label_fraction")
-        if len(reference) < 2:
-            continue
-        goal = reference.iloc[-1]
-        if goal["value"] <= reference["value"].iloc[0]:
-            continue  # more labels gain the reference nothing, so none can be saved
-        metric = METRIC_NAMES.get(goal["metric"], goal["metric"])
-        for init, rows in group[is_pretrained(group)].groupby("init", sort=False):
-            rows = rows.sort_values("label_fraction")
-            needed = _labels_needed(
-                rows["num_labelled_patients"].to_numpy(float),
-                rows["value"].to_numpy(float),
-                float(goal["value"]),
-            )
-            if needed is not None and needed <= WORTH_SAYING * goal["num_labelled_patients"]:
-                lines.append(
-                    f"{task}, {protocol_name(protocol)}: {init_name(str(init))} reaches with about "
-                    f"{needed:.0f} labelled patients what {init_name(contents.reference)} reaches "
-                    f"with {goal['num_labelled_patients']:.0f} ({metric} {goal['value']:.3f})."
-                )
-    return lines
 
 
 def by_protocol(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
@@ -238,6 +207,9 @@ def comparison_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
             "reference_value": _number(row["reference_value"]),
             "effect": signed(row["effect"]),
             "interval": _interval(row["ci_low"], row["ci_high"]),
+            "verdict_interval": _interval(
+                row.get("verdict_low", np.nan), row.get("verdict_high", np.nan)
+            ),
             "seeds": _seed_range(row),
             "p_holm": p_text(row["p_holm"]),
             "verdict": row["verdict"],
@@ -263,6 +235,7 @@ def _sentence(rows: pd.DataFrame, confidence: float) -> str:
     reference = init_name(first["reference"])
     level = f"{confidence * 100:g} % CI"
     better, worse = rows[rows["verdict"] == BETTER], rows[rows["verdict"] == WORSE]
+    equal = rows[rows["verdict"] == NOT_WORSE]
     unclear = rows[rows["verdict"] == NO_DIFFERENCE]
     clauses = []
     if len(better):
@@ -271,6 +244,10 @@ def _sentence(rows: pd.DataFrame, confidence: float) -> str:
         verb = "is worse" if clauses else "is worse than"
         other = "" if clauses else reference
         clauses.append(_effects(worse[::-1], metric, level, verb, other))
+    if len(equal):
+        least = f"not worse by as much as {equal['margin'].iloc[0]:g}"
+        named = _effects(equal, metric, level, "", "")
+        clauses.append(f"{named} {'is' if len(equal) == 1 else 'are'} {least} {metric}")
     if len(unclear):
         named = _effects(unclear, metric, level, "", "")
         if clauses:
@@ -285,7 +262,7 @@ def _effects(rows: pd.DataFrame, metric: str, level: str, verb: str, reference: 
     parts = []
     for number, (_, row) in enumerate(rows.iterrows()):
         name = init_name(row["init"])
-        interval = f"{level} {signed(row['ci_low'])} to {signed(row['ci_high'])}"
+        interval = f"{level} {signed(row['ci_low'])} to {signed(row['ci_high'])}{_alone(row)}"
         size = signed(row["effect"])
         if verb and number == 0:
             who = f"{name} {verb} {reference}".rstrip()
@@ -297,6 +274,19 @@ def _effects(rows: pd.DataFrame, metric: str, level: str, verb: str, reference: 
     return _listed(parts)
 
 
+def _alone(row: pd.Series) -> str:
+    """Say why an interval that excludes 0 stands beside a verdict of no difference."""
+    if row["verdict"] in (BETTER, WORSE) or not (row["ci_low"] > 0 or row["ci_high"] < 0):
+        return ""
+    if not np.isfinite(row.get("verdict_level", np.nan)):
+        return " if it stood alone"
+    count, level = int(row["family_size"]), 100 * (1 - row["verdict_level"])
+    return (
+        f" if it stood alone; as one of {count}, {level:.3g} % CI {signed(row['verdict_low'])} to "
+        f"{signed(row['verdict_high'])}"
+    )
+
+
 def _size(row: pd.Series) -> str:
     """Return how much, without a sign that the verb already says."""
     return f"{abs(row['effect']):.3f}" if row["verdict"] == WORSE else signed(row["effect"])
@@ -306,21 +296,7 @@ def _outcome(rows: pd.DataFrame) -> str:
     found = set(rows["verdict"])
     if {BETTER, WORSE} <= found:
         return MIXED
-    return next((word for word in (BETTER, WORSE) if word in found), NO_DIFFERENCE)
-
-
-def _labels_needed(
-    counts: np.ndarray[Any, Any], values: np.ndarray[Any, Any], goal: float
-) -> float | None:
-    """Return the number of labelled patients at which a curve first reaches a goal."""
-    for place, value in enumerate(values):
-        if value >= goal:
-            if place == 0:
-                return float(counts[0])
-            share = (goal - values[place - 1]) / (value - values[place - 1])
-            low, high = np.log(counts[place - 1]), np.log(counts[place])
-            return float(np.ceil(np.exp(low + share * (high - low)) - 1e-9))
-    return None
+    return next((word for word in (BETTER, WORSE, NOT_WORSE) if word in found), NO_DIFFERENCE)
 
 
 def _listed(parts: list[str]) -> str:

@@ -50,6 +50,9 @@ REFUSED: list[tuple[type[Config], dict[str, Any], str]] = [
     (SplitConfig, {"val_fraction": 0.5, "test_fraction": 0.5}, "add up to less than 1"),
     (StatisticsConfig, {"num_resamples": 10}, "greater than or equal to 100"),
     (StatisticsConfig, {"alpha": 0.5}, "alpha: input should be less than 0.5"),
+    (StatisticsConfig, {"margin": {"dize": 0.1}}, "margin: there is no metric 'dize'"),
+    (StatisticsConfig, {"margin": -0.1}, "margin must be 0 or more, not -0.1"),
+    (StatisticsConfig, {"margin": {"dice": float("inf")}}, "margin must be 0 or more, not inf"),
 ]
 
 

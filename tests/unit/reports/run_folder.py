@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medssl.evaluation.statistics import compare, estimate
+from medssl.evaluation.statistics import compare, estimate, labels_saved, learning_curves, power
 from medssl.reports.panels import save_panels
 from medssl.tracking.base import Tracker, TrackingConfig
 
@@ -25,7 +25,7 @@ statistics: {reference: imagenet, num_resamples: 10000, alpha: 0.05}
 """
 
 
-def predictions(num_patients: int = 45, seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+def predictions(num_patients: int = 45, seeds: tuple[int, ...] = (0, 1, 2)) -> pd.DataFrame:
     """Dice of two classes: inits that differ most where labels are few."""
     generator = np.random.default_rng(7)
     difficulty = generator.normal(0, 0.05, num_patients)
@@ -67,13 +67,17 @@ def _readouts() -> list[tuple[str, str, float]]:
     return [("fine_tune", "", 0.0), *layers]
 
 
-def write_run(folder: Path, *, synthetic: bool = False, seeds: tuple[int, ...] = (0, 1)) -> Path:
+def write_run(folder: Path, *, synthetic: bool = False, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
     """Write all files that a study leaves, and return the folder."""
     write_journal(folder)
     table = predictions(seeds=seeds)
     table.to_parquet(folder / "predictions.parquet")
     estimate(table, num_resamples=200).to_csv(folder / "results.csv", index=False)
-    compare(table, num_resamples=2000).to_csv(folder / "comparisons.csv", index=False)
+    comparisons = compare(table, num_resamples=2000)
+    comparisons.to_csv(folder / "comparisons.csv", index=False)
+    labels_saved(table, num_resamples=200).to_csv(folder / "labels_saved.csv", index=False)
+    learning_curves(table, num_resamples=200).to_csv(folder / "learning_curves.csv", index=False)
+    power(comparisons).to_csv(folder / "power.csv", index=False)
     (folder / "config.yaml").write_text(CONFIG)
     data = {
         "dataset": "hippocampus",

@@ -117,7 +117,7 @@ def test_test_patients_in_the_pretraining_pool_are_announced(light_run: Path) ->
 
 
 def test_few_seeds_are_named_as_a_limit(reported_run: Path) -> None:
-    assert "Only 2 seeds for each cell" in reported(reported_run).text
+    assert "Only 3 seeds for each cell" in reported(reported_run).text
 
 
 def test_data_rejections_and_provenance_are_told(reported_run: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from medssl.reports.contents import Contents, read_contents
 from medssl.reports.tables import (
     headline,
-    labels_saved,
     p_text,
     signed,
     title,
@@ -125,32 +124,32 @@ def test_without_comparisons_the_headline_says_why() -> None:
     )
 
 
-def curve(init: str, values: dict[int, float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "init": init, "pretext": "" if init == "imagenet" else init, "task": "hippocampus",
-            "protocol": "fine_tune", "selected": True, "label_fraction": count / 100,
-            "num_labelled_patients": count, "metric": "dice", "value": value,
-        }
-        for count, value in values.items()
-    ]  # fmt: skip
+EQUAL = {
+    "init": "jigsaw", "effect": 0.001, "ci_low": -0.006, "ci_high": 0.008, "verdict": "not worse",
+    "margin": 0.02, "verdict_level": 0.0125, "verdict_low": -0.008, "verdict_high": 0.01,
+    "family_size": 4,
+}  # fmt: skip
 
 
-def test_labels_saved_are_interpolated_on_a_logarithmic_scale() -> None:
-    table = curve("imagenet", {10: 0.7, 100: 0.8}) + curve("rotation", {10: 0.75, 100: 0.85})
-    (line,) = labels_saved(contents([], table))
-    # Half way from .75 to .85 lies at the square root of 10 x 100.
-    assert "rotation reaches with about 32 labelled patients what ImageNet reaches with 100" in line
+def test_not_worse_is_said_with_its_margin() -> None:
+    assert sentence(EQUAL) == (
+        "With 3 labelled patients, jigsaw (+0.001 Dice, 95 % CI −0.006 to +0.008) is not worse by "
+        "as much as 0.02 Dice."
+    )
+    (verdict,) = verdicts(contents([EQUAL, UNCLEAR]))
+    assert verdict.outcome == "not worse"
+    assert headline(contents([EQUAL])).startswith("Not shown, but it is not worse, in the one")
+    assert "not worse in 1, and no difference was shown in 1" in headline(
+        contents([EQUAL, UNCLEAR])
+    )
 
 
-def test_no_labels_are_saved_where_more_of_them_gain_the_reference_nothing() -> None:
-    table = curve("imagenet", {10: 0.7, 100: 0.7}) + curve("rotation", {10: 0.7, 100: 0.7})
-    assert labels_saved(contents([], table)) == []
-
-
-def test_labels_hardly_saved_are_not_mentioned() -> None:
-    table = curve("imagenet", {10: 0.7, 100: 0.8}) + curve("rotation", {10: 0.7, 100: 0.801})
-    assert labels_saved(contents([], table)) == []
+def test_an_interval_that_misses_0_beside_no_difference_says_why() -> None:
+    row = {**EQUAL, **UNCLEAR, "ci_low": 0.001, "verdict_low": -0.002, "verdict_high": 0.018}
+    assert sentence(row) == (
+        "With 3 labelled patients, no difference from ImageNet is shown for rotation (+0.004 Dice, "
+        "95 % CI +0.001 to +0.016 if it stood alone; as one of 4, 98.8 % CI −0.002 to +0.018)."
+    )
 
 
 def test_numbers_carry_a_real_minus_and_never_a_false_zero() -> None:

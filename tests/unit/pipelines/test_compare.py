@@ -1,0 +1,68 @@
+"""Comparing finished runs from their predictions alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medssl.errors import DataError
+from medssl.pipelines.compare import TABLES, run
+from medssl.pipelines.sections import StatisticsConfig
+from tests.simulated_studies import Truth, as_predictions, draw_study
+
+QUICK = StatisticsConfig(num_resamples=200)
+
+
+def write_predictions(folder: Path, init: str, gain: float) -> Path:
+    truth = Truth("segmentation", {"imagenet": 0.0, init: gain}, 0.002)
+    tables = [
+        as_predictions(draw_study(truth, 25, 3, np.random.default_rng(0)), num_labelled=count)
+        for count in (5, 10, 20, 40)
+    ]
+    folder.mkdir(parents=True)
+    pd.concat(tables).to_parquet(folder / "predictions.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        write_predictions(root / "first", "rotation", 0.05),
+        write_predictions(root / "second", "jigsaw", 0.0),
+    ]
+
+
+def test_the_inits_of_all_runs_are_compared_with_one_reference(runs: list[Path], tmp_path: Path):
+    table = run(runs, tmp_path / "both", statistics=QUICK).set_index("init")
+    assert set(table.index) == {"rotation", "jigsaw", "imagenet (second)"}
+    assert set(table.loc["rotation", "verdict"]) == {"better"}
+    assert set(table["family_size"]) == {12}
+    for name in TABLES:
+        assert len(pd.read_csv(tmp_path / "both" / f"{name}.csv")) > 0
+    text = (tmp_path / "both" / "report.html").read_text()
+    assert "Labels saved at equal Dice" in text
+    assert "Test patients needed" in text
+
+
+def test_neither_torch_nor_monai_is_imported_to_compare(runs: list[Path], tmp_path: Path) -> None:
+    code = (
+        "import sys; from medssl.cli import cli\n"
+        f"cli(['compare', {str(runs[0])!r}, {str(runs[1])!r}, '--out', {str(tmp_path / 'c')!r}],"
+        " standalone_mode=False)\n"
+        "found = {'torch', 'monai', 'mlflow', 'pydicom', 'timm'} & set(sys.modules)\n"
+        "sys.exit(f'imported {found}' if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c" / "power.csv").is_file()
+
+
+def test_a_run_without_predictions_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'nothing' has no readable predictions"):
+        run([tmp_path / "nothing"], tmp_path / "out", statistics=QUICK)
