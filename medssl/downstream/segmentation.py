@@ -1,12 +1,13 @@
 """Segmentation: one class a voxel, from mask files with the scans' names.
 
-Dice is computed a case (one scan, all its slices together) on the prepared grid.
+Dice is computed a case (one scan, all its slices together) on the prepared grid. In 3D the network
+sees a case as it saw it in training: in windows of the crops' size, laid over each other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,12 @@ from monai.losses import DiceCELoss
 from pydantic import Field
 from torch import Tensor, nn
 
+from medssl.downstream._windows import in_windows
 from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
 from medssl.models.backbones.base import Backbone
 from medssl.models.decoders import UNetDecoder
 from medssl.scans.index import Index
-from medssl.scans.labels import match_masks
+from medssl.scans.masks import match_masks
 from medssl.transforms.sampling import Sample, SampleRequest
 
 
@@ -53,6 +55,7 @@ class Segmentation(DownstreamTask):
         super().__init__(config, spatial_dims, index)
         self.classes = config.classes
         matched = match_masks(index, config.masks)
+        self.labels = matched.report
         self.targets: Mapping[str, tuple[float, ...]] = dict.fromkeys(sorted(matched), ())
         self._loss = DiceCELoss(
             to_onehot_y=True, softmax=True, include_background=False, batch=True
@@ -80,6 +83,14 @@ class Segmentation(DownstreamTask):
     def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
         logits: Tensor = head(backbone(batch.inputs), tuple(batch.inputs.shape[2:]))
         return logits
+
+    def infer(
+        self,
+        network: Callable[[DownstreamBatch], Tensor],
+        images: Tensor,
+        crop_size: tuple[int, ...],
+    ) -> Tensor:
+        return in_windows(network, images, crop_size)
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         loss: Tensor = self._loss(output.float(), batch.target[:, None])

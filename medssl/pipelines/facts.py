@@ -18,7 +18,13 @@ DATASET_FILE = "dataset.json"
 
 
 def data_facts(
-    index: Index, store: Store, splits: Splits, *, pretraining_pool: Sequence[str], overlap: int
+    index: Index,
+    store: Store,
+    splits: Splits,
+    *,
+    pretraining_pool: Sequence[str],
+    overlap: int,
+    tasks: Iterable[DownstreamTask] = (),
 ) -> dict[str, Any]:
     """Return the content of a run folder's ``data.json``.
 
@@ -26,6 +32,7 @@ def data_facts(
         index, store, splits: the data.
         pretraining_pool: patients that backbones were pretrained on in this run.
         overlap: test patients that some init was pretrained on.
+        tasks: whose labels are told, with what did not fit between them and the scans.
     """
     table, accepted = index.table, index.accepted
     rejected = table[table["status"] == "rejected"]
@@ -48,6 +55,7 @@ def data_facts(
         "test_patients_in_pool": overlap,
         "index_digest": index.digest,
         "store_digest": store.digest,
+        "labels": {task.name: task.labels.to_dict() for task in tasks},
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from medssl.executors.local import LocalExecutor, available_cores
 from medssl.pipelines.progress import Progress, silent
 from medssl.scans.entry import Entry, content_address
 from medssl.scans.index import Index
-from medssl.scans.labels import match_masks, read_mask
+from medssl.scans.masks import match_masks, read_mask
 from medssl.scans.scan import Scan, read_scan
 from medssl.scans.selection import SelectionConfig
 from medssl.scans.store import Store

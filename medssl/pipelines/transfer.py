@@ -387,6 +387,7 @@ def evaluate(
         evaluation.splits,
         pretraining_pool=evaluation.pretraining_pool,
         overlap=overlap,
+        tasks=evaluation.tasks.values(),
     )
     folder.write_json("data.json", facts)
     protocols = {protocol.name: protocol for protocol in evaluation.section.protocols}
