@@ -23,6 +23,8 @@ from medssl.models.backbones.base import Backbone
 from medssl.scans.index import Index
 from medssl.scans.label_report import LabelReport
 from medssl.scans.labels import By
+from medssl.scans.masks import MaskFolder
+from medssl.scans.points import PointSource
 from medssl.transforms.cases import Case
 from medssl.transforms.sampling import Sample, SampleRequest
 
@@ -96,8 +98,8 @@ class DownstreamTask(ABC):
         self.labels = LabelReport()  # a member that reads labels puts theirs here
 
     @classmethod
-    def masks(cls, config: Any) -> dict[str, Path]:  # noqa: ARG003  (members read it)
-        """Return the folders of masks to be prepared with the scans, by the mask's name."""
+    def masks(cls, config: Any) -> Mapping[str, MaskFolder | PointSource]:  # noqa: ARG003
+        """Return the masks, or points, to be prepared with the scans, by the mask's name."""
         return {}
 
     def stratum(self, scan_key: str) -> int | None:

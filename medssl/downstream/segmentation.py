@@ -22,7 +22,8 @@ from medssl.downstream.base import DownstreamBatch, DownstreamConfig, Downstream
 from medssl.models.backbones.base import Backbone
 from medssl.models.decoders import UNetDecoder
 from medssl.scans.index import Index
-from medssl.scans.masks import match_masks
+from medssl.scans.masks import MaskFolder, match_masks
+from medssl.scans.points import PointSource
 from medssl.transforms.sampling import Sample, SampleRequest
 
 
@@ -30,8 +31,10 @@ class Config(DownstreamConfig):
     """Configuration of a segmentation task.
 
     Attributes:
-        masks: folder with one mask a scan, of the scan's own file name (or a ``masks.csv``).
-        classes: names of the mask's values 1, 2, …; 0 is background.
+        masks: folder with one mask a scan: NIfTI of the scan's own file name, or a DICOM
+            segmentation of its series (or a ``masks.csv`` that says which).
+        classes: names of the mask's values 1, 2, …, as a segmentation's segments are labelled; 0
+            is background.
         mask: the name under which the masks are kept in the store.
         min_foreground: least share of a training crop that is not air.
     """
@@ -62,8 +65,8 @@ class Segmentation(DownstreamTask):
         )
 
     @classmethod
-    def masks(cls, config: Config) -> dict[str, Path]:
-        return {config.mask: config.masks}
+    def masks(cls, config: Config) -> dict[str, MaskFolder | PointSource]:
+        return {config.mask: MaskFolder(config.masks, config.classes)}
 
     def request(self, base: SampleRequest) -> SampleRequest:
         return replace(base, mask=self.config.mask, min_foreground=self.config.min_foreground)

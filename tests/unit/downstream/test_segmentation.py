@@ -19,6 +19,7 @@ from medssl.downstream.segmentation import Config, Segmentation
 from medssl.errors import ConfigError, LabelError
 from medssl.scans.building import IndexConfig, build_index
 from medssl.scans.index import Index
+from medssl.scans.masks import MaskFolder
 from medssl.transforms.sampling import Sample, SampleRequest
 from samples import write_nifti
 from training import tiny_backbone
@@ -83,7 +84,7 @@ def test_the_sampler_is_asked_for_masks(task: Segmentation):
 
 def test_masks_are_prepared_under_the_tasks_name_for_them(place: Path):
     config = Config(masks=place / "masks", classes=("organ",), mask="organs")
-    assert Segmentation.masks(config) == {"organs": place / "masks"}
+    assert Segmentation.masks(config) == {"organs": MaskFolder(place / "masks", config.classes)}
 
 
 def test_dice_by_hand(task: Segmentation):
