@@ -225,7 +225,8 @@ def find_peak(
     if mass.sum() <= 0:
         return highest.astype(np.float64)
     offsets = np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij")
-    return highest + np.array([(mass * offset).sum() for offset in offsets]) / mass.sum()
+    moved = np.array([(mass * offset).sum() for offset in offsets]) / mass.sum()
+    return np.asarray(highest + moved, dtype=np.float64)
 
 
 def _errors(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

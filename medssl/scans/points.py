@@ -222,14 +222,15 @@ def _centroid(inside: npt.NDArray[np.bool_], affine: npt.NDArray[np.float64]) ->
 def _check_inside(points: PointTable, index: Index, coordinates: str) -> None:
     """Refuse points outside their scans: most often they are of the other system."""
     outside: Counter[str] = Counter()
-    for row in index.accepted.itertuples():
-        for point in points.get(str(row.scan_key), ()):
+    columns = (index.accepted[name].tolist() for name in ("scan_key", "shape", "affine"))
+    for scan_key, sizes, affine in zip(*columns, strict=True):
+        for point in points.get(scan_key, ()):
             if math.isnan(point[0]):
                 continue
-            shape = np.array([int(size) for size in row.shape])
-            place = voxel_of(point, np.reshape(row.affine, (4, 4)))[: len(shape)]
+            shape = np.array([int(size) for size in sizes])
+            place = voxel_of(point, np.reshape(affine, (4, 4)))[: len(shape)]
             if (place < -_OUTSIDE_VOXELS).any() or (place > shape - 1 + _OUTSIDE_VOXELS).any():
-                outside[str(row.scan_key)] += 1
+                outside[scan_key] += 1
     if outside:
         other = "LPS" if coordinates == "RAS" else "RAS"
         raise LabelError(

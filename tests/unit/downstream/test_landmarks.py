@@ -1,4 +1,4 @@
-"""Landmarks: points that survive preprocessing in mm, heatmaps, and the distance to what is found."""
+"""Landmarks: points that survive preprocessing in mm, and heatmaps that find them again."""
 
 from __future__ import annotations
 
