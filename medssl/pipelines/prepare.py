@@ -63,7 +63,8 @@ class PrepareConfig(Config):
     Attributes:
         index: folder of the index, from ``medssl index``.
         preprocessing: what is done to each scan.
-        masks: folders of masks, by a name of small letters, digits and underscores.
+        masks: folders of masks, by a name of small letters, digits and underscores; segments of a
+            DICOM segmentation keep their numbers here, and become a task's classes in a study.
         select: which scans.
         out: folder of the store; beside the index's table by default.
         executor: where scans are prepared: ``local`` processes, or ``ray``.

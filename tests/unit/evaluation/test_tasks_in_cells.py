@@ -12,6 +12,7 @@ import pytest
 from evaluations import make_evaluation
 from medssl.evaluation.metrics import METRICS
 from medssl.evaluation.protocols import PROTOCOLS
+from medssl.pipelines.gallery import _task_with_masks
 from medssl.pipelines.transfer import Evaluation
 from samples import PATIENT_ID
 
@@ -81,6 +82,12 @@ def test_a_cell_predicts_every_test_scan(where, task, num_scores, request):
     assert math.isfinite(value)
     if task == "regression":
         assert value < 40  # in years; an answer in units of the deviation would be far off
+
+
+def test_a_gallery_is_of_regions_and_passes_over_points(solid):
+    task, _ = _task_with_masks(solid, None)
+    assert list(solid.tasks) == ["landmarks", "segmentation"]
+    assert task.name == "segmentation"
 
 
 def test_numbers_are_learnt_on_the_scale_of_the_cells_own_patients(flat, monkeypatch):
