@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from medssl.config import ComponentConfig, Label
 from medssl.models.backbones.base import Backbone
 from medssl.scans.index import Index
+from medssl.scans.label_report import LabelReport
+from medssl.scans.labels import By
+from medssl.scans.masks import MaskFolder
+from medssl.scans.points import PointSource
+from medssl.transforms.cases import Case
 from medssl.transforms.sampling import Sample, SampleRequest
 
 Answer = Literal["class", "labels", "numbers"]
@@ -35,6 +40,20 @@ class DownstreamConfig(ComponentConfig):
     """
 
     label: Label | None = None
+
+
+class TableConfig(DownstreamConfig):
+    """Base of the configurations of tasks whose labels stand in a table.
+
+    Attributes:
+        table: CSV or Parquet file with one row a scan, series or patient.
+        by: what the rows of the table are about.
+        id_column: the column that names the scan's file, the series or the patient.
+    """
+
+    table: Path
+    by: By = "scan"
+    id_column: str = "scan"
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class DownstreamTask(ABC):
         classes: names of the answers, in the order of ``scores``.
         targets: what is known of every labelled scan, by scan key: its class, its labels (1, 0, or
             NaN where unknown) or its numbers; empty where the label is a mask.
+        labels: what did not fit between the labels and the scans.
     """
 
     kind: ClassVar[str]
@@ -69,15 +89,17 @@ class DownstreamTask(ABC):
     dense: ClassVar[bool]
     classes: tuple[str, ...]
     targets: Mapping[str, tuple[float, ...]]
+    labels: LabelReport
 
     def __init__(self, config: Any, spatial_dims: int, index: Index) -> None:
         self.config: Any = config
         self.name: str = config.label or config.name
         self.spatial_dims = spatial_dims
+        self.labels = LabelReport()  # a member that reads labels puts theirs here
 
     @classmethod
-    def masks(cls, config: Any) -> dict[str, Path]:  # noqa: ARG003  (members read it)
-        """Return the folders of masks to be prepared with the scans, by the mask's name."""
+    def masks(cls, config: Any) -> Mapping[str, MaskFolder | PointSource]:  # noqa: ARG003
+        """Return the masks, or points, to be prepared with the scans, by the mask's name."""
         return {}
 
     def stratum(self, scan_key: str) -> int | None:
@@ -93,6 +115,13 @@ class DownstreamTask(ABC):
     def request(self, base: SampleRequest) -> SampleRequest:
         """Return what the task needs of the sampler, starting from the configured crop."""
         return base
+
+    def for_training(self, scan_keys: Sequence[str]) -> DownstreamTask:
+        """Return the task as it is trained on some scans, whose labels alone it may look at.
+
+        Call it before a head is built: the copy knows, for example, the mean of their numbers.
+        """
+        return self
 
     @property
     @abstractmethod
@@ -119,6 +148,26 @@ class DownstreamTask(ABC):
     def metrics(self, output: Tensor, batch: DownstreamBatch) -> dict[str, Tensor]:
         """Return scalar metrics on the device, without synchronising."""
 
+    def infer(
+        self,
+        network: Callable[[DownstreamBatch], Tensor],
+        images: Tensor,
+        crop_size: tuple[int, ...],
+    ) -> Tensor:
+        """Return the logits of whole images (B, C, X, Y[, Z]) of any size.
+
+        Args:
+            network: answers a batch; its target is not looked at.
+            images: on the device.
+            crop_size: what the network was trained on.
+        """
+        return network(DownstreamBatch(images, images))
+
+    def score_case(self, logits: Tensor, case: Case) -> list[float]:
+        """Return the scores of one scan from the logits of all its images."""
+        masks = None if case.masks is None else case.masks.to(logits.device)
+        return self.case_scores(logits, masks)
+
     @abstractmethod
     def case_scores(self, logits: Tensor, masks: Tensor | None) -> list[float]:
         """Return the scores of one scan.
@@ -127,3 +176,11 @@ class DownstreamTask(ABC):
             logits: of all slices of the scan (B, K[, X, Y]) or of the volume (1, K[, X, Y, Z]).
             masks: the label masks (B, X, Y[, Z]) where the task has any.
         """
+
+
+def labelled(sample: Sample, target: Tensor) -> DownstreamBatch:
+    """Return the batch of what was read and its target, which is on the host."""
+    device = sample.images.device
+    if device.type == "cuda":
+        target = target.pin_memory()
+    return DownstreamBatch(sample.images, target.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""Classification: one class a scan, from a table of labels."""
+"""Classification: one class a scan, from a table of labels or from folders named by class."""
 
 from __future__ import annotations
 
@@ -7,37 +7,54 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
+from medssl.downstream.base import (
+    DownstreamBatch,
+    DownstreamConfig,
+    DownstreamTask,
+    labelled,
+)
 from medssl.errors import LabelError
 from medssl.models.backbones.base import Backbone
 from medssl.models.heads import PooledHead
 from medssl.scans.index import Index
-from medssl.scans.labels import read_label_table
+from medssl.scans.labels import By, LabelTable, read_class_folders, read_label_table
 from medssl.transforms.sampling import Sample
 
 
 class Config(DownstreamConfig):
-    """Configuration of a classification task.
+    """Configuration of a classification task; give either ``table`` or ``folder``.
 
     Attributes:
         table: CSV or Parquet file with one row a scan, series or patient.
         by: what the rows of the table are about.
         id_column: the column that names the scan's file, the series or the patient.
         label_column: the column that holds the class.
-        classes: the classes in order; sorted from the table by default.
+        folder: holds one folder a class, and the scans, or files of their names, lie in these.
+        classes: the classes in order; sorted from the labels by default.
+        unlisted: what becomes of a class that is none of ``classes``: the run is refused, or such
+            scans are left out (and counted).
         metric: the primary metric, fixed before anything runs.
     """
 
     name: Literal["classification"] = "classification"
-    table: Path
-    by: Literal["scan", "series", "patient"] = "scan"
+    table: Path | None = None
+    by: By = "scan"
     id_column: str = "scan"
     label_column: str = "label"
+    folder: Path | None = None
     classes: tuple[str, ...] | None = None
-    metric: Literal["auc", "balanced_accuracy", "accuracy"] = "auc"
+    unlisted: Literal["refuse", "leave_out"] = "refuse"
+    metric: Literal["auc", "balanced_accuracy", "accuracy", "average_precision"] = "auc"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Config:
+        if (self.table is None) == (self.folder is None):
+            raise ValueError("give either table or folder")
+        return self
 
 
 class Classification(DownstreamTask):
@@ -49,25 +66,25 @@ class Classification(DownstreamTask):
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
         super().__init__(config, spatial_dims, index)
-        labels = read_label_table(
-            index,
-            config.table,
-            by=config.by,
-            id_column=config.id_column,
-            label_column=config.label_column,
-        )
+        labels = _read(config, index)
         names = {scan_key: _class_name(label) for scan_key, label in labels.items()}
+        where = f"column {config.label_column!r}" if config.table else "the folders of classes"
+        self.labels = labels.report
         self.classes = config.classes or tuple(sorted(set(names.values())))
-        if len(self.classes) < 2:
+        unlisted = {key for key, name in names.items() if name not in self.classes}
+        if unlisted and config.unlisted == "refuse":
             raise LabelError(
-                f"classification needs two classes or more; column {config.label_column!r} holds "
-                f"{len(self.classes)}. Check the column, or the scans that were rejected."
+                f"{len({names[key] for key in unlisted})} values of {where} are not among the "
+                f"classes {list(self.classes)}. Add them to classes, mend the labels, or leave "
+                "such scans out (unlisted: leave_out)."
             )
-        unknown = sorted(set(names.values()) - set(self.classes))
-        if unknown:
+        self.labels.note_keys("left_out_classes", unlisted)
+        self.labels.num_labelled -= len(unlisted)
+        names = {key: name for key, name in names.items() if key not in unlisted}
+        if len(self.classes) < 2 or not names:
             raise LabelError(
-                f"{len(unknown)} values of column {config.label_column!r} are not among the "
-                f"classes {list(self.classes)}. Add them to classes, or mend the table."
+                f"classification needs two classes or more; {where} holds "
+                f"{len(set(names.values()))}. Check the labels, or the scans that were rejected."
             )
         self.metric = config.metric
         self.targets: Mapping[str, tuple[float, ...]] = {
@@ -82,11 +99,8 @@ class Classification(DownstreamTask):
         return PooledHead(backbone.stages[-1].channels, self.num_outputs)
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
-        target = torch.tensor([int(self.targets[key][0]) for key in sample.scan_keys])
-        device = sample.images.device
-        if device.type == "cuda":
-            target = target.pin_memory()
-        return DownstreamBatch(sample.images, target.to(device, non_blocking=True))
+        classes = torch.tensor([int(self.targets[key][0]) for key in sample.scan_keys])
+        return labelled(sample, classes)
 
     def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
         logits: Tensor = head(backbone.embed(batch.inputs))
@@ -102,6 +116,20 @@ class Classification(DownstreamTask):
         """Return the class probabilities, the mean over the slices of the scan."""
         probabilities: list[float] = logits.float().softmax(1).mean(0).tolist()
         return probabilities
+
+
+def _read(config: Config, index: Index) -> LabelTable:
+    if config.folder is not None:
+        return read_class_folders(index, config.folder)
+    if config.table is None:
+        raise ValueError("neither table nor folder")
+    return read_label_table(
+        index,
+        config.table,
+        by=config.by,
+        id_column=config.id_column,
+        label_column=config.label_column,
+    )
 
 
 def _class_name(label: str | float) -> str:

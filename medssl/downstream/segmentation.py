@@ -1,12 +1,13 @@
 """Segmentation: one class a voxel, from mask files with the scans' names.
 
-Dice is computed a case (one scan, all its slices together) on the prepared grid.
+Dice is computed a case (one scan, all its slices together) on the prepared grid. In 3D the network
+sees a case as it saw it in training: in windows of the crops' size, laid over each other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,13 @@ from monai.losses import DiceCELoss
 from pydantic import Field
 from torch import Tensor, nn
 
+from medssl.downstream._windows import in_windows
 from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
 from medssl.models.backbones.base import Backbone
 from medssl.models.decoders import UNetDecoder
 from medssl.scans.index import Index
-from medssl.scans.labels import match_masks
+from medssl.scans.masks import MaskFolder, match_masks
+from medssl.scans.points import PointSource
 from medssl.transforms.sampling import Sample, SampleRequest
 
 
@@ -28,8 +31,10 @@ class Config(DownstreamConfig):
     """Configuration of a segmentation task.
 
     Attributes:
-        masks: folder with one mask a scan, of the scan's own file name (or a ``masks.csv``).
-        classes: names of the mask's values 1, 2, …; 0 is background.
+        masks: folder with one mask a scan: NIfTI of the scan's own file name, or a DICOM
+            segmentation of its series (or a ``masks.csv`` that says which).
+        classes: names of the mask's values 1, 2, …, as a segmentation's segments are labelled; 0
+            is background.
         mask: the name under which the masks are kept in the store.
         min_foreground: least share of a training crop that is not air.
     """
@@ -53,14 +58,15 @@ class Segmentation(DownstreamTask):
         super().__init__(config, spatial_dims, index)
         self.classes = config.classes
         matched = match_masks(index, config.masks)
+        self.labels = matched.report
         self.targets: Mapping[str, tuple[float, ...]] = dict.fromkeys(sorted(matched), ())
         self._loss = DiceCELoss(
             to_onehot_y=True, softmax=True, include_background=False, batch=True
         )
 
     @classmethod
-    def masks(cls, config: Config) -> dict[str, Path]:
-        return {config.mask: config.masks}
+    def masks(cls, config: Config) -> dict[str, MaskFolder | PointSource]:
+        return {config.mask: MaskFolder(config.masks, config.classes)}
 
     def request(self, base: SampleRequest) -> SampleRequest:
         return replace(base, mask=self.config.mask, min_foreground=self.config.min_foreground)
@@ -80,6 +86,14 @@ class Segmentation(DownstreamTask):
     def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
         logits: Tensor = head(backbone(batch.inputs), tuple(batch.inputs.shape[2:]))
         return logits
+
+    def infer(
+        self,
+        network: Callable[[DownstreamBatch], Tensor],
+        images: Tensor,
+        crop_size: tuple[int, ...],
+    ) -> Tensor:
+        return in_windows(network, images, crop_size)
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         loss: Tensor = self._loss(output.float(), batch.target[:, None])

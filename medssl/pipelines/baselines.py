@@ -11,7 +11,8 @@ import pandas as pd
 
 from medssl.atomic import atomic_write
 from medssl.evaluation.metrics import metric_for
-from medssl.evaluation.statistics import BETTER, compare, estimate
+from medssl.evaluation.statistics import compare, estimate
+from medssl.evaluation.statistics.families import BETTER
 from medssl.pipelines.sections import StatisticsConfig
 
 if TYPE_CHECKING:

@@ -19,7 +19,13 @@ DATASET_FILE = "dataset.json"
 
 
 def data_facts(
-    index: Index, store: Store, splits: Splits, *, pretraining_pool: Sequence[str], leakage: Leakage
+    index: Index,
+    store: Store,
+    splits: Splits,
+    *,
+    pretraining_pool: Sequence[str],
+    leakage: Leakage,
+    tasks: Iterable[DownstreamTask] = (),
 ) -> dict[str, Any]:
     """Return the content of a run folder's ``data.json``.
 
@@ -27,6 +33,7 @@ def data_facts(
         index, store, splits: the data.
         pretraining_pool: patients that backbones were pretrained on in this run.
         leakage: what was found and allowed.
+        tasks: whose labels are told, with what did not fit between them and the scans.
     """
     table, accepted = index.table, index.accepted
     rejected = table[table["status"] == "rejected"]
@@ -51,6 +58,7 @@ def data_facts(
         "test_images_repeated": leakage.repeated,
         "index_digest": index.digest,
         "store_digest": store.digest,
+        "labels": {task.name: task.labels.to_dict() for task in tasks},
     }  # fmt: skip
 
 

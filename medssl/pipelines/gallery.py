@@ -195,7 +195,7 @@ def _task_with_masks(
     size = tuple(patch_size) if patch_size is not None else half
     for task in evaluation.tasks.values():
         request = task.request(evaluation.sampling.request())
-        if request.mask is not None:
+        if request.mask is not None and task.answer == "class":  # points are no regions
             return task, replace(request, crop_size=size)
     raise ConfigError(
         "no task of the study has masks, and patches are told apart by what a mask says of them. "

@@ -23,11 +23,15 @@ from medssl.executors.local import LocalExecutor, available_cores
 from medssl.pipelines.progress import Progress, silent
 from medssl.scans.entry import Entry, content_address
 from medssl.scans.index import Index
-from medssl.scans.labels import match_masks, read_mask
+from medssl.scans.masks import MaskFolder, mask_digest, match_masks, read_mask
+from medssl.scans.points import Point, PointSource, paint_points, points_digest
 from medssl.scans.scan import Scan, read_scan
 from medssl.scans.selection import SelectionConfig
 from medssl.scans.store import Store
 from medssl.transforms.preprocessing import PreprocessingConfig, preprocess
+
+MaskSource = Path | MaskFolder | PointSource
+"""A folder of masks (with the names of their classes), or points to be marked."""
 
 MaskName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
 
@@ -59,7 +63,8 @@ class PrepareConfig(Config):
     Attributes:
         index: folder of the index, from ``medssl index``.
         preprocessing: what is done to each scan.
-        masks: folders of masks, by a name of small letters, digits and underscores.
+        masks: folders of masks, by a name of small letters, digits and underscores; segments of a
+            DICOM segmentation keep their numbers here, and become a task's classes in a study.
         select: which scans.
         out: folder of the store; beside the index's table by default.
         executor: where scans are prepared: ``local`` processes, or ``ray``.
@@ -129,7 +134,7 @@ def prepare(
     index: Index,
     preprocessing: PreprocessingConfig,
     out: Path,
-    masks: Mapping[str, Path] | None = None,
+    masks: Mapping[str, MaskSource] | None = None,
     *,
     executor: ComponentConfig | None = None,
     progress: Progress = silent,
@@ -140,7 +145,7 @@ def prepare(
         index: whose selected scans to prepare.
         preprocessing: what is done to each.
         out: the store's folder.
-        masks: folders of masks, by name; a scan without a mask is prepared without.
+        masks: folders of masks, or points, by name; a scan without is prepared without.
         executor: where; by default processes on this machine, if there is enough to do for them.
         progress: is told ``"prepare"``, scans done, all scans.
 
@@ -193,7 +198,8 @@ class _Job:
     scan_key: str
     patient_key: str
     address: str
-    masks: Mapping[str, Path]
+    masks: Mapping[str, tuple[Path, tuple[str, ...]]]  # file, and names of the classes
+    points: Mapping[str, tuple[Point, ...]]
 
 
 @dataclass(frozen=True)
@@ -207,21 +213,32 @@ class _Plan:
 
 
 def _jobs(
-    index: Index, preprocessing: PreprocessingConfig, masks: Mapping[str, Path]
+    index: Index, preprocessing: PreprocessingConfig, masks: Mapping[str, MaskSource]
 ) -> list[_Job]:
-    matched = {name: match_masks(index, folder) for name, folder in masks.items()}
+    points = {
+        n: source.read(index) for n, source in masks.items() if isinstance(source, PointSource)
+    }
+    folders = {
+        name: source if isinstance(source, MaskFolder) else MaskFolder(source)
+        for name, source in masks.items()
+        if not isinstance(source, PointSource)
+    }
+    matched = {name: match_masks(index, source.folder) for name, source in folders.items()}
     jobs = []
     table = index.accepted
     for scan_key, patient_key, digest in zip(
         table["scan_key"], table["patient_key"], table["digest"], strict=True
     ):
-        own = {name: paths[scan_key] for name, paths in matched.items() if scan_key in paths}
-        address = content_address(
-            str(digest),
-            preprocessing.versioned_digest(),
-            {name: _sha256(path) for name, path in own.items()},
-        )
-        jobs.append(_Job(scan_key, patient_key, address, own))
+        own = {
+            name: (paths[scan_key], folders[name].classes)
+            for name, paths in matched.items()
+            if scan_key in paths
+        }
+        marked = {name: found[scan_key] for name, found in points.items() if scan_key in found}
+        digests = {name: mask_digest(*mask) for name, mask in own.items()}
+        digests |= {name: points_digest(found) for name, found in marked.items()}
+        address = content_address(str(digest), preprocessing.versioned_digest(), digests)
+        jobs.append(_Job(scan_key, patient_key, address, own, marked))
     return jobs
 
 
@@ -248,8 +265,13 @@ def _read(plan: _Plan, job: _Job) -> Scan | str:
 
 def _put(plan: _Plan, job: _Job, scan: Scan) -> str | None:
     try:
-        masks = {name: read_mask(path, scan) for name, path in job.masks.items()}
+        masks = {name: read_mask(path, scan, names) for name, (path, names) in job.masks.items()}
         prepared = preprocess(scan, masks, plan.preprocessing)
+        shape = prepared.image_CS.shape[1:]
+        marked = {
+            name: paint_points(points, prepared.affine, shape, job.scan_key)
+            for name, points in job.points.items()
+        }
     except DataError as error:
         return str(error)
     entry = Entry(
@@ -263,7 +285,7 @@ def _put(plan: _Plan, job: _Job, scan: Scan) -> str | None:
         spacing_mm=prepared.spacing_mm,
         foreground_threshold=prepared.foreground_threshold,
     )
-    Store(plan.store, {}).put(entry, prepared.image_CS, prepared.masks)
+    Store(plan.store, {}).put(entry, prepared.image_CS, {**prepared.masks, **marked})
     return None
 
 
@@ -309,8 +331,3 @@ def _check_space(index: Index, preprocessing: PreprocessingConfig, out: Path) ->
             f"the store needs about {needed:.0f} MB, and the disk has {free:.0f} MB free. "
             "Free some space, choose another --out, or prepare at coarser spacing_mm."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

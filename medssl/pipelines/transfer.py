@@ -34,6 +34,7 @@ from medssl.pipelines import baselines, compare, prepare
 from medssl.pipelines.cells import CellWork, Evaluation, run_name, track
 from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.leakage import check_leakage
+from medssl.pipelines.prepare import MaskSource
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
@@ -183,9 +184,9 @@ def build_tasks(
     return {task.name: task for task in tasks}
 
 
-def mask_folders(section: EvaluationSection) -> dict[str, Path]:
+def mask_folders(section: EvaluationSection) -> dict[str, MaskSource]:
     """Return all folders of masks that the tasks need, by the mask's name."""
-    folders: dict[str, Path] = {}
+    folders: dict[str, MaskSource] = {}
     for task in section.tasks:
         for name, folder in DOWNSTREAM_TASKS.load(task.name).masks(task).items():
             if folders.setdefault(name, folder) != folder:
@@ -275,6 +276,7 @@ def evaluate(
         evaluation.splits,
         pretraining_pool=evaluation.pretraining_pool,
         leakage=leakage,
+        tasks=evaluation.tasks.values(),
     )
     folder.write_json("data.json", facts)
     cells = evaluation.cells()

@@ -1,4 +1,4 @@
-"""Labels of scans: tables of classes or numbers, and masks on the scan's own grid.
+"""Labels of scans from tables (a row a scan, series or patient) and from folders named by class.
 
 Tables name scans by what their owner knows them by (file name, PatientID, SeriesInstanceUID). Those
 names are matched here and go no further: what comes out is named by scan key.
@@ -6,43 +6,49 @@ names are matched here and go no further: what comes out is named by scan key.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from medssl.errors import LabelError, RejectedScan
-from medssl.scans.formats.base import REASONS
-from medssl.scans.formats.nifti import read_grid
+from medssl.errors import ConfigError, LabelError
 from medssl.scans.index import Index
-from medssl.scans.patients import names_of, read_table, stem_of
-from medssl.scans.scan import Scan
+from medssl.scans.label_report import LabelReport, complete
+from medssl.scans.patients import read_table
+from medssl.scans.scan_names import MEANING, By, ScanNames
 
-By = Literal["scan", "series", "patient"]
-
-_WHAT = {
-    "scan": "the scan's file name, its path below the indexed folder (for a DICOM series: of its "
-    "folder), or its scan key",
-    "series": "SeriesInstanceUID",
-    "patient": "PatientID, or the name that `patients` in the index config gives",
-}
-_GRID_TOLERANCE = 0.1  # of a voxel, at the corners of the grid
+__all__ = ["By", "LabelRows", "LabelTable", "read_class_folders", "read_label_columns",
+           "read_label_table"]  # fmt: skip
 
 
 class LabelTable(dict[str, str | float]):
     """Label by scan key.
 
     Attributes:
-        num_unmatched_rows: rows of the table that fit no accepted scan.
-        num_unlabelled_scans: accepted scans without a label.
+        report: what did not fit.
     """
 
-    num_unmatched_rows = 0
-    num_unlabelled_scans = 0
+    report: LabelReport
+
+    @property
+    def num_unmatched_rows(self) -> int:
+        """Rows of the table that fit no accepted scan."""
+        return self.report.counts.get("rows_without_scan", 0)
+
+    @property
+    def num_unlabelled_scans(self) -> int:
+        """Accepted scans without a label."""
+        return self.report.counts.get("scans_without_label", 0)
+
+
+class LabelRows(dict[str, tuple[str | None, ...]]):
+    """The cells of a row by scan key, one for each column asked for; None where empty.
+
+    Attributes:
+        report: what did not fit.
+    """
+
+    report: LabelReport
 
 
 def read_label_table(
@@ -63,204 +69,124 @@ def read_label_table(
         DataError: it is no table, or a column is missing.
         LabelError: no row fits a scan, a name fits several scans, or a scan gets two labels.
     """
-    table = read_table(path, "label", (id_column, label_column))
-    pairs = table[[id_column, label_column]].dropna()
-    values = _as_numbers(pairs[label_column])
-    names = _scans_by_name(index, by)
-    labels = LabelTable()
-    for name, value in zip(pairs[id_column].astype(str).str.strip(), values, strict=True):
-        keys = _look_up(index, names, name, by)
-        if not keys:
-            labels.num_unmatched_rows += 1
-        for key in keys:
-            if labels.setdefault(key, value) != value:
-                raise LabelError(
-                    f"scan {key} gets two different labels from column {label_column!r}. "
-                    f"Keep one row for each {by}."
-                )
-    labels.num_unlabelled_scans = len(index.accepted) - len(labels)
-    if not labels:
-        raise LabelError(
-            f"none of the {len(pairs)} rows of the label table fits one of the "
-            f"{len(index.accepted)} accepted scans. Column {id_column!r} is read as {_WHAT[by]}. "
-            "Check the column, and `by` (scan, series or patient)."
-        )
+    rows = read_label_columns(
+        index, path, by=by, id_column=id_column, label_columns=(label_column,)
+    )
+    values = _as_numbers([str(cells[0]) for cells in rows.values()])
+    labels = LabelTable(zip(rows, values, strict=True))
+    labels.report = rows.report
     return labels
 
 
-def match_masks(index: Index, folder: Path) -> dict[str, Path]:
-    """Find the mask of every scan that has one.
+def read_label_columns(
+    index: Index, path: Path, *, by: By, id_column: str, label_columns: Sequence[str]
+) -> LabelRows:
+    """Read several labels a scan from a CSV or Parquet table.
 
-    Either ``masks.csv`` in the folder says so (columns ``scan`` and ``mask``; a scan is named by
-    its file or folder, its scan key, or its SeriesInstanceUID), or the mask is a NIfTI file of the
-    same name as the scan's file.
+    Rows whose cells are all empty are no label. See `read_label_table`.
+    """
+    table = read_table(path, "label", (id_column, *label_columns))
+    table = table[[id_column, *label_columns]]
+    names = ScanNames(index, by)
+    rows = LabelRows()
+    rows.report = report = LabelReport(num_given=len(table))
+    named = table[table[id_column].notna()]
+    report.note("rows_without_scan", len(table) - len(named))
+    filled = named[named[list(label_columns)].notna().any(axis=1)]
+    report.note("rows_without_value", len(named) - len(filled))
+    doubled: list[str] = []
+    columns = [filled[column].tolist() for column in label_columns]
+    for name, *cells in zip(filled[id_column].astype(str).str.strip(), *columns, strict=True):
+        keys = names.find(name)
+        if not keys:
+            report.note("rows_without_scan")
+        values = tuple(None if pd.isna(cell) else str(cell).strip() for cell in cells)
+        for key in keys:
+            if key in rows:
+                doubled.append(key)
+            if _meaning(rows.setdefault(key, values)) != _meaning(values):
+                differing = _first_difference(label_columns, rows[key], values)
+                raise LabelError(
+                    f"scan {key} gets two different labels from column {differing!r}. "
+                    f"Keep one row for each {by}."
+                )
+    report.note_keys("double_rows", doubled)
+    if not rows:
+        raise LabelError(
+            f"none of the {len(filled)} rows of the label table fits one of the "
+            f"{len(index.accepted)} accepted scans. Column {id_column!r} is read as {MEANING[by]}. "
+            "Check the column, and `by` (scan, series or patient)."
+        )
+    complete(report, index, {key: _meaning(cells) for key, cells in rows.items()})
+    return rows
 
-    Returns:
-        Mask files by scan key. For `medssl.scans` and what reads masks; never for output.
+
+def read_class_folders(index: Index, folder: Path) -> LabelTable:
+    """Read the class of each scan from the folder that its files lie in: ``folder/class/...``.
+
+    Either the indexed scans themselves lie below the folder, or files of the same names do.
 
     Raises:
-        LabelError: there is no such folder, no mask fits a scan, or one fits several.
+        ConfigError: there is no such folder.
+        LabelError: no file fits a scan, or a scan lies in two of the folders.
     """
     if not folder.is_dir():
-        raise LabelError("there is no folder of masks at the path given. Check its spelling.")
-    names = _scans_by_name(index, "scan")
-    found: dict[str, Path] = {}
-    if (folder / "masks.csv").is_file():
-        pairs = _listed_masks(folder)
-    else:
-        files = (path for path in folder.rglob("*.nii*") if path.is_file())
-        pairs = [(stem_of(path.name), path) for path in sorted(files)]
-    for name, path in pairs:
-        for key in _look_up(index, names, name, "scan") or _look_up(index, names, name, "series"):
-            if key in found:
-                raise LabelError(f"scan {key} has two masks. Keep one a scan.")
-            found[key] = path
-    if not found:
+        raise ConfigError("there is no folder of classes at the path given. Check its spelling.")
+    root = folder.resolve()
+    labels = LabelTable()
+    labels.report = report = LabelReport()
+    for key in index.accepted["scan_key"]:
+        place = index.files(key)[0].resolve()
+        if place.is_relative_to(root) and len(parts := place.relative_to(root).parts) > 1:
+            labels[key] = parts[0]
+    report.num_given = len(labels)
+    if not labels:
+        _from_copies(labels, index, root)
+    if not labels:
         raise LabelError(
-            f"none of the {len(pairs)} masks fits one of the {len(index.accepted)} accepted scans. "
-            "Give each mask the name of its scan's file, or list them in masks.csv with the "
-            "columns scan and mask."
+            f"none of the {report.num_given} files in the folders of classes is or fits one of "
+            f"the {len(index.accepted)} accepted scans. Each class is a folder directly below "
+            "the one given, and holds scans, or files with the names of scans."
         )
-    return found
+    complete(report, index, labels)
+    return labels
 
 
-def read_mask(path: Path, scan: Scan) -> npt.NDArray[np.uint8]:
-    """Read a mask onto the grid of its scan.
+def _from_copies(labels: LabelTable, index: Index, root: Path) -> None:
+    """Label scans by files of the same names that lie sorted by class."""
+    names = ScanNames(index, "scan")
+    doubled = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        parts = path.relative_to(root).parts
+        if len(parts) < 2:
+            continue
+        labels.report.num_given += 1
+        keys = names.find(path.name)
+        labels.report.note("files_without_scan", int(not keys))
+        for key in keys:
+            if key in labels:
+                doubled.append(key)
+            if labels.setdefault(key, parts[0]) != parts[0]:
+                raise LabelError(
+                    f"scan {key} lies in the folders of two classes. Keep it in one of them."
+                )
+    labels.report.note_keys("double_rows", doubled)
 
-    A mask whose axes are only permuted or reversed against the scan's is turned; nothing is
-    resampled.
 
-    Returns:
-        (X, Y[, Z]) uint8, class numbers.
-
-    Raises:
-        LabelError: it cannot be read, lies on another grid, or holds other than whole numbers from
-            0 to 255.
-    """
+def _as_numbers(texts: Sequence[str]) -> Iterable[str | float]:
     try:
-        volume = read_grid(path)
-    except RejectedScan as error:
-        raise LabelError(
-            f"the mask of scan {scan.scan_key} cannot be read ({error.reason}). "
-            f"{REASONS.get(error.reason, '')}"
-        ) from None
-    except OSError:
-        raise LabelError(
-            f"the mask of scan {scan.scan_key} cannot be opened. Check that it is there."
-        ) from None
-    if len(volume.voxels_CXYZ) != 1:
-        raise LabelError(
-            f"the mask of scan {scan.scan_key} has {len(volume.voxels_CXYZ)} volumes in one file, "
-            "wanted one. Give one mask with a number for each class."
-        )
-    values = volume.voxels_CXYZ[0]
-    if values.min() < 0 or values.max() > 255 or not np.array_equal(values, np.round(values)):
-        raise LabelError(
-            f"the mask of scan {scan.scan_key} holds values from {values.min():g} to "
-            f"{values.max():g}, wanted whole numbers from 0 to 255. Is it a mask?"
-        )
-    return _on_grid(values, volume.affine, scan).astype(np.uint8)
-
-
-def _on_grid(
-    mask: npt.NDArray[np.float32], affine: npt.NDArray[np.float64], scan: Scan
-) -> npt.NDArray[np.float32]:
-    shape = scan.voxels_CXYZ.shape[1:]
-    if sorted(mask.shape) != sorted(shape):
-        raise LabelError(
-            f"the mask of scan {scan.scan_key} has shape {_by(mask.shape)}, the scan has "
-            f"{_by(shape)}. A mask must lie on its scan's grid: export it without resampling."
-        )
-    moved = affine.copy()
-    if len(shape) == 2:  # the thickness of a single slice is not compared
-        moved[:, 2] = scan.affine[:, 2]
-    to_scan = np.linalg.inv(scan.affine) @ moved
-    turn = np.round(to_scan[:3, :3])
-    is_turn = np.array_equal(np.abs(turn).sum(0), [1, 1, 1]) and np.array_equal(
-        np.abs(turn).sum(1), [1, 1, 1]
-    )
-    if is_turn:
-        axes = [int(axis) for axis in np.argmax(np.abs(turn), axis=1)][: len(shape)]
-        turned = np.transpose(mask, axes) if max(axes) < len(shape) else mask
-        flips = tuple(axis for axis in range(len(shape)) if turn[axis].sum() < 0)
-        if turned.shape == shape and _corners_agree(to_scan, turn, mask.shape, shape):
-            return np.ascontiguousarray(np.flip(turned, flips))
-    raise LabelError(
-        f"the mask of scan {scan.scan_key} has the scan's shape {_by(shape)} but lies elsewhere: "
-        f"its origin is {_mm(affine[:3, 3])}, the scan's {_mm(scan.affine[:3, 3])} mm (RAS). "
-        "Export it in the scan's own space."
-    )
-
-
-def _corners_agree(
-    to_scan: npt.NDArray[np.float64],
-    turn: npt.NDArray[np.float64],
-    mask_shape: tuple[int, ...],
-    shape: tuple[int, ...],
-) -> bool:
-    """Say whether every corner of the mask's grid falls on a corner of the scan's."""
-    exact = np.eye(4)
-    exact[:3, :3] = turn
-    sizes = np.array([*shape, 1][:3])
-    exact[:3, 3] = np.where(turn.sum(1) < 0, sizes - 1, 0)
-    ends = [(0, size - 1) for size in [*mask_shape, 1][:3]]
-    corners = np.stack(np.meshgrid(*ends, [1], indexing="ij"), -1).reshape(-1, 4).T
-    return bool(np.abs((to_scan - exact) @ corners).max() <= _GRID_TOLERANCE)
-
-
-def _scans_by_name(index: Index, by: By) -> dict[str, list[str]]:
-    """Return the scan keys that each name stands for."""
-    names: dict[str, list[str]] = defaultdict(list)
-    accepted = index.accepted
-    if by == "scan":
-        for key, path, num_files in index.file_names():
-            for name in {key, *names_of(path, single=num_files == 1)}:
-                names[name].append(key)
-    column = {"series": "series_key", "scan": "series_key", "patient": "patient_key"}[by]
-    for key, named in zip(accepted["scan_key"], accepted[column], strict=True):
-        if named:
-            names[f"{column}\x1f{named}"].append(key)
-    return names
-
-
-def _look_up(index: Index, names: dict[str, list[str]], name: str, by: By) -> list[str]:
-    if by == "scan":
-        keys = names.get(name) or names.get(stem_of(name)) or []
-        if len(keys) > 1:
-            raise LabelError(
-                f"one name fits {len(keys)} scans (keys {', '.join(sorted(keys)[:3])}). "
-                "Name scans by their path below the indexed folder, or by scan key."
-            )
-        return keys
-    return names.get(f"{by}_key\x1f{index.salt.key(by, name)}", [])
-
-
-def _as_numbers(values: pd.Series[Any]) -> Iterable[str | float]:
-    texts = values.astype(str).str.strip()
-    try:
-        return [float(value) for value in texts]
+        return [float(text) for text in texts]
     except ValueError:
-        return list(texts)
+        return texts
 
 
-def _listed_masks(folder: Path) -> list[tuple[str, Path]]:
-    table = read_table(folder / "masks.csv", "mask", ("scan", "mask"))[["scan", "mask"]].dropna()
-    pairs = [
-        (str(scan).strip(), folder / str(mask).strip())
-        for scan, mask in zip(table["scan"], table["mask"], strict=True)
-    ]
-    missing = sum(not path.is_file() for _, path in pairs)
-    if missing:
-        raise LabelError(
-            f"masks.csv names {missing} of {len(pairs)} mask files that are not there. "
-            "Paths in it are relative to its own folder."
-        )
-    return pairs
+def _meaning(cells: tuple[str | None, ...]) -> tuple[str | float | None, ...]:
+    """Return cells as they are compared: 1 and 1.0 are the same."""
+    return tuple(None if cell is None else next(iter(_as_numbers([cell]))) for cell in cells)
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _mm(point: npt.NDArray[np.float64]) -> str:
-    return "(" + ", ".join(f"{value:.1f}" for value in point) + ")"
+def _first_difference(
+    columns: Sequence[str], ours: tuple[str | None, ...], theirs: tuple[str | None, ...]
+) -> str:
+    pairs = zip(columns, _meaning(ours), _meaning(theirs), strict=True)
+    return next(column for column, one, other in pairs if one != other)

@@ -27,6 +27,8 @@ class Case:
         slices: the index of each slice across the plane; (0,) for a volume or a 2D scan.
         padding: for each spatial axis, the voxels added before and after.
         spacing_mm: for each spatial axis.
+        affine: (4, 4) float64, voxel of the images as they are here, padding included, to RAS mm;
+            the third column of 2D images lies across them. Of several slices, the first one's.
     """
 
     scan_key: str
@@ -36,6 +38,7 @@ class Case:
     slices: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     spacing_mm: tuple[float, ...]
+    affine: Array
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Cut the padding off the last axes of a prediction or an image."""
@@ -139,7 +142,8 @@ class CaseReader(Dataset[Case]):
             masks=None if mask_S is None else torch.from_numpy(masks),
             slices=(0,) if whole else tuple(region[across].start for region in regions),
             padding=padding,
-            spacing_mm=tuple(entry.spacing_mm[axis] for axis in kept),
+            spacing_mm=request.spacing_of(entry),
+            affine=_affine(entry, kept, padding, regions),
         )
 
     def _regions(self, entry: Entry, kept: tuple[int, ...], mask_S: Array | None) -> list[Region]:
@@ -164,3 +168,23 @@ def _padding(found: int, wanted: int, divisor: int) -> tuple[int, int]:
     size = -(-max(found, wanted) // divisor) * divisor
     before = (size - found) // 2
     return before, size - found - before
+
+
+def _affine(
+    entry: Entry,
+    kept: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    regions: Sequence[Region],
+) -> Array:
+    """Return the affine of the padded images that are cut out of a scan."""
+    found = np.array(entry.affine, dtype=np.float64)
+    start = np.zeros(4)
+    start[3] = 1
+    for axis, (before, _) in zip(kept, padding, strict=True):
+        start[axis] = -before
+    across = [axis for axis in range(3) if axis not in kept]
+    if entry.dims == "3D" and across and regions:
+        start[across[0]] = regions[0][across[0]].start
+    origin = found @ start
+    moved = np.column_stack([found[:, [*kept, *across]], origin])
+    return np.asarray(moved)

@@ -136,7 +136,7 @@ class SampleRequest:
                 "without padding. Make the crop smaller, or the voxels finer "
                 "(preprocessing.spacing_mm)."
             )
-        spacing = [entry.spacing_mm[axis] for axis in kept]
+        spacing = list(self.spacing_of(entry))
         if self.isotropic == "in_plane":
             spacing = spacing[:2]
         if self.isotropic != "none" and max(spacing) > min(spacing) * (1 + ISOTROPY_TOLERANCE):
@@ -166,6 +166,10 @@ class SampleRequest:
                 f"scan {entry.scan_key} has {across[0]} slices, the task needs {wanted} different "
                 "ones. Ask for fewer neighbours (pretext.step), or leave such scans out."
             )
+
+    def spacing_of(self, entry: Entry) -> tuple[float, ...]:
+        """Return the voxel spacing of crops of a scan, in mm along their axes."""
+        return tuple(entry.spacing_mm[axis] for axis in self.kept_axes(entry))
 
     def kept_axes(self, entry: Entry) -> tuple[int, ...]:
         """Return which of a scan's spatial axes the crop keeps.

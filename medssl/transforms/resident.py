@@ -84,7 +84,9 @@ class ResidentScans:
         if self._masks is not None:
             masks = _gather(self._masks, lead[:, -1:], offset, inside)[:, 0].long()
         keys = [draw.entry.scan_key for draw in draws]
-        return Sample(images, masks, keys, sum(draw.rejected for draw in draws), step)
+        spacing_mm = [request.spacing_of(draw.entry) for draw in draws]
+        rejected = sum(draw.rejected for draw in draws)
+        return Sample(images, masks, keys, rejected, step, spacing_mm=spacing_mm)
 
     def as_dataset(self, start_step: int, stop_step: int, share: Share) -> Batches:
         """Return the micro batches that one process computes, as `CropSampler.as_dataset` does."""

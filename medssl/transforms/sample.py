@@ -24,6 +24,7 @@ class Sample:
         step: number of the batch in its stream; of the optimiser's step, where one process
             computes the batch in several micro batches.
         part: number of the micro batch within the step.
+        spacing_mm: of each crop, along its spatial axes.
     """
 
     images: Tensor
@@ -32,6 +33,7 @@ class Sample:
     rejected: int = 0
     step: int = 0
     part: int = 0
+    spacing_mm: list[tuple[float, ...]] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sample:
         """Return the batch on a device."""

@@ -126,7 +126,7 @@ class CropSampler:
         request = self.request
         images = np.zeros((size, request.in_channels, *request.crop_size), np.float32)
         masks = np.zeros((size, *request.crop_size), np.int64) if request.mask else None
-        keys, rejected = [], 0
+        keys, spacing_mm, rejected = [], [], 0
         for i in range(size):
             draw = self.draw(step * size + i, self._look)
             inside: tuple[slice, ...] = tuple(
@@ -138,6 +138,7 @@ class CropSampler:
                 mask_S = self.read(draw.entry, draw.region, request.mask)
                 masks[i][inside] = drop_slice_axis(mask_S, request.kept_axes(draw.entry))
             keys.append(draw.entry.scan_key)
+            spacing_mm.append(request.spacing_of(draw.entry))
             rejected += draw.rejected
         return Sample(
             torch.from_numpy(images),
@@ -145,6 +146,7 @@ class CropSampler:
             keys,
             rejected,
             step,
+            spacing_mm=spacing_mm,
         )
 
     def as_dataset(self, start_step: int, stop_step: int, share: Share) -> Batches:

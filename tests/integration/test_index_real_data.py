@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from medssl.pipelines.index import index_scans
-from medssl.scans.labels import match_masks, read_label_table, read_mask
+from medssl.scans.labels import read_label_table
+from medssl.scans.masks import match_masks, read_mask
 from medssl.scans.patients import PatientsConfig
 from medssl.scans.scan import read_scan
 from samples import OBLIQUE, hippocampus, real_data, write_dicom_series, write_nifti

@@ -86,6 +86,8 @@ def test_resident_crops_equal_those_read(tmp_path_factory, data, wanted, crops_p
         assert two.masks.dtype == torch.int64
         assert torch.equal(one.masks, two.masks)
     assert (one.scan_keys, one.rejected, one.step) == (two.scan_keys, two.rejected, two.step)
+    assert one.spacing_mm == two.spacing_mm
+    assert [len(spacing_mm) for spacing_mm in one.spacing_mm] == [request.spatial_dims] * 4
 
 
 @pytest.fixture(scope="module")

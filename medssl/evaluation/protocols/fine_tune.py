@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from medssl.downstream.base import DownstreamBatch
 from medssl.evaluation.protocols.base import Cell, Prediction, Protocol, ProtocolConfig, Setting
 from medssl.randomness import derive_seed
 from medssl.training.loop import Calls, start_state, train
@@ -64,7 +63,9 @@ class FineTune(Protocol):
         training = self.config.training
         backbone = setting.new_backbone(cell.seed)
         head_seed = derive_seed(setting.seed, "head", cell.seed)
-        network = build_network(backbone, setting.task, head_seed)
+        labelled = setting.labelled_scans(cell)
+        task = setting.task.for_training(labelled)
+        network = build_network(backbone, task, head_seed)
         state = start_state(network, training, setting.device)
         val_scans = setting.scans_of(setting.splits.val)
         best: dict[str, Any] = {"score": -float("inf"), "weights": None}
@@ -78,11 +79,11 @@ class FineTune(Protocol):
 
         train(
             state,
-            setting.task,
+            task,
             CropSampler(
                 setting.store,
-                setting.labelled_scans(cell),
-                setting.task.request(setting.request),
+                labelled,
+                task.request(setting.request),
                 seed=derive_seed(setting.seed, "fine_tune", cell.seed),
                 purpose="fine_tune",
             ),
@@ -113,7 +114,6 @@ def predict(
             outputs = []
             for images in case.images.split(_CHUNK):
                 images = images.to(setting.device, non_blocking=True)
-                outputs.append(network(DownstreamBatch(images, images)))
-            masks = None if case.masks is None else case.masks.to(setting.device)
-            found.append(setting.task.case_scores(torch.cat(outputs), masks))
+                outputs.append(setting.task.infer(network, images, setting.request.crop_size))
+            found.append(setting.task.score_case(torch.cat(outputs), case))
     return found

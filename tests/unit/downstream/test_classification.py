@@ -80,7 +80,7 @@ def test_a_column_of_one_class_is_refused(index: Index, tmp_path: Path):
         task(index, table(tmp_path, ["a", "a", "a", "a"]))
     assert str(refused.value) == (
         "classification needs two classes or more; column 'label' holds 1. "
-        "Check the column, or the scans that were rejected."
+        "Check the labels, or the scans that were rejected."
     )
 
 
@@ -89,13 +89,15 @@ def test_a_value_that_is_none_of_the_classes_is_refused(index: Index, tmp_path: 
         task(index, table(tmp_path, ["a", "b", "c", "d"]), classes=("a", "b"))
     assert str(refused.value) == (
         "2 values of column 'label' are not among the classes ['a', 'b']. "
-        "Add them to classes, or mend the table."
+        "Add them to classes, mend the labels, or leave such scans out (unlisted: leave_out)."
     )
     assert refused.value.exit_code == 3
 
 
 def test_another_metric_than_the_three_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"metric: input should be 'auc', 'balanced_accuracy' or"):
+    with pytest.raises(
+        ConfigError, match=r"metric: input should be 'auc', 'balanced_accuracy', 'acc"
+    ):
         validate_config({"name": "classification", "table": "x.csv", "metric": "f1"}, Config)
 
 
@@ -132,3 +134,55 @@ def test_a_cases_scores_are_the_mean_probabilities_of_its_slices(index: Index, t
     found = task(index, table(tmp_path, ["a", "b"]))
     probabilities = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
     assert found.case_scores(probabilities.log(), None) == pytest.approx([0.6, 0.4])
+
+
+def test_the_class_may_be_the_folder_that_a_scan_lies_in(tmp_path: Path):
+    for number, (kind, name) in enumerate((("cyst", "a"), ("solid", "a"), ("cyst", "b"))):
+        write_nifti(tmp_path / "images" / kind / f"{name}.nii.gz", seed=number)
+    write_nifti(tmp_path / "images" / "unsorted.nii.gz", seed=9)
+    config = IndexConfig(folder=tmp_path / "images", executor="local")
+    found = build_index(config, tmp_path / "index")
+    task = Classification(Config(folder=tmp_path / "images"), 3, found)
+    assert task.classes == ("cyst", "solid")
+    assert sorted(task.targets.values()) == [(0.0,), (0.0,), (1.0,)]
+    assert task.labels.counts == {"scans_without_label": 1}
+
+
+def test_scans_may_be_sorted_by_files_of_their_names(index: Index, tmp_path: Path):
+    for kind, name in (("cyst", "anna.txt"), ("solid", "berta.nii.gz"), ("solid", "nobody.nii")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / kind / name.replace(".txt", ".nii.gz")).touch()
+    found = Classification(Config(folder=tmp_path), 3, index)
+    assert classes_of(found, index) == {"anna": "cyst", "berta": "solid"}
+    assert found.labels.counts == {"files_without_scan": 1, "scans_without_label": 2}
+
+
+def test_a_scan_in_two_folders_is_refused(index: Index, tmp_path: Path):
+    for kind in ("cyst", "solid"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "anna.nii.gz").touch()
+    with pytest.raises(LabelError, match=r"scan \w+ lies in the folders of two classes"):
+        Classification(Config(folder=tmp_path), 3, index)
+
+
+def test_folders_that_fit_no_scan_are_refused(index: Index, tmp_path: Path):
+    with pytest.raises(LabelError, match="none of the 0 files in the folders of classes"):
+        Classification(Config(folder=tmp_path), 3, index)
+    with pytest.raises(ConfigError, match="no folder of classes at the path given"):
+        Classification(Config(folder=tmp_path / "none"), 3, index)
+
+
+@pytest.mark.parametrize("given", [{}, {"table": "x.csv", "folder": "y"}])
+def test_labels_come_from_a_table_or_from_folders(given: dict[str, str]):
+    with pytest.raises(ConfigError, match="give either table or folder"):
+        validate_config({"name": "classification", **given}, Config)
+
+
+def test_classes_that_are_not_listed_may_be_left_out(index: Index, tmp_path: Path):
+    path = table(tmp_path, ["a", "b", "c", "b"])
+    found = task(index, path, classes=("a", "b"), unlisted="leave_out")
+    assert set(classes_of(found, index)) == {"anna", "berta", "dora"}
+    assert found.labels.counts == {"left_out_classes": 1}
+    assert found.labels.num_labelled == 3
+    with pytest.raises(LabelError, match="column 'label' holds 0"):
+        task(index, path, classes=("x", "y"), unlisted="leave_out")

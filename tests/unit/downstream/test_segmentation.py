@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_dice
+from monai.metrics import DiceMetric, compute_dice
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -19,6 +19,7 @@ from medssl.downstream.segmentation import Config, Segmentation
 from medssl.errors import ConfigError, LabelError
 from medssl.scans.building import IndexConfig, build_index
 from medssl.scans.index import Index
+from medssl.scans.masks import MaskFolder
 from medssl.transforms.sampling import Sample, SampleRequest
 from samples import write_nifti
 from training import tiny_backbone
@@ -83,7 +84,7 @@ def test_the_sampler_is_asked_for_masks(task: Segmentation):
 
 def test_masks_are_prepared_under_the_tasks_name_for_them(place: Path):
     config = Config(masks=place / "masks", classes=("organ",), mask="organs")
-    assert Segmentation.masks(config) == {"organs": place / "masks"}
+    assert Segmentation.masks(config) == {"organs": MaskFolder(place / "masks", config.classes)}
 
 
 def test_dice_by_hand(task: Segmentation):
@@ -148,3 +149,53 @@ def test_a_batch_is_images_and_their_masks(task: Segmentation):
     made: Any = task.batch_of(Sample(images, masks), torch.Generator())
     assert made.inputs is images
     assert made.target is masks
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dice_of_a_case_is_monais_dice_metric(task: Segmentation, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    shape = [(9, 8, 7), (5, 20, 3), (1, 1, 30), (6, 6, 6)][seed]
+    target, answer = (torch.randint(3, (1, *shape), generator=generator) for _ in range(2))
+    metric = DiceMetric(include_background=False, reduction="none")
+    wanted = metric(*(one_hot(labels, 3).movedim(-1, 1) for labels in (answer, target)))
+    assert task.case_scores(logits(answer), target) == pytest.approx(wanted[0].tolist(), rel=1e-6)
+
+
+class Counting:
+    """A network that answers with the image itself, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __call__(self, batch: DownstreamBatch) -> Tensor:
+        self.seen += [tuple(batch.inputs.shape[2:])] * len(batch.inputs)
+        return torch.cat([batch.inputs, -batch.inputs, 2 * batch.inputs], dim=1)
+
+
+def test_a_volume_is_answered_in_windows_of_the_crops_size(task: Segmentation):
+    network, images = Counting(), torch.rand(1, 1, 20, 13, 10)
+    answer = task.infer(network, images, (10, 10, 10))
+    assert set(network.seen) == {(10, 10, 10)}
+    assert len(network.seen) == 3 * 2 * 1  # windows share half of each side
+    torch.testing.assert_close(answer, torch.cat([images, -images, 2 * images], dim=1))
+
+
+def test_windows_count_most_at_their_middle(task: Segmentation):
+    """Two windows that disagree meet half-way, each prevailing near its own centre."""
+    images = torch.zeros(1, 1, 15, 10, 10)
+    answers = iter([torch.zeros(1, 3, 10, 10, 10), torch.ones(1, 3, 10, 10, 10)])
+
+    def network(batch: DownstreamBatch) -> Tensor:
+        return torch.cat([next(answers) for _ in batch.inputs])
+
+    line = task.infer(network, images, (10, 10, 10))[0, 0, :, 5, 5]
+    assert (line[:5] == 0).all()
+    assert (line[10:] == 1).all()
+    assert (line[5:10].diff() > 0).all()
+    assert float(line[7]) == pytest.approx(0.5)
+
+
+def test_slices_stay_whole(task: Segmentation):
+    network = Counting()
+    task.infer(network, torch.rand(3, 1, 40, 50), (16, 16))
+    assert network.seen == [(40, 50)] * 3

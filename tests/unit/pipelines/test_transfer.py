@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -153,3 +154,16 @@ def test_a_finished_cell_that_the_journal_lacks_is_told_to_it_later(evaluation, 
         record for record in told if (record["run"], record["kind"]) == (run_name(last), "end")
     ]
     assert end["status"] == "FINISHED"
+
+
+def test_the_facts_of_a_run_say_what_did_not_fit_between_labels_and_scans(evaluation, tmp_path):
+    (task,) = evaluation.tasks.values()
+    given = dataclasses.replace(task.labels, counts={}, keys={})
+    given.note("rows_without_scan", 2)
+    relabelled = copy.copy(task)
+    relabelled.labels = given
+    start(dataclasses.replace(evaluation, tasks={task.name: relabelled}), tmp_path)
+    facts = json.loads((tmp_path / "data.json").read_text())
+    found = facts["labels"]["classification"]
+    assert (found["given"], found["labelled"]) == (10, 10)
+    assert found["mismatches"]["rows_without_scan"]["count"] == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 from medssl.errors import ConfigError, DataError, LabelError
 from medssl.pipelines.index import index_scans
 from medssl.scans.geometry import flip_axis
-from medssl.scans.labels import match_masks, read_label_table, read_mask
+from medssl.scans.label_report import KEYS_KEPT, LabelReport
+from medssl.scans.labels import read_label_columns, read_label_table
+from medssl.scans.masks import match_masks, read_mask
 from medssl.scans.scan import Scan, read_scan
 from samples import (
     OBLIQUE,
@@ -98,6 +101,73 @@ def test_missing_table_and_column_are_named(index, tmp_path):
         read_label_table(index, tmp_path / "labels.csv", by="scan", id_column="a", label_column="b")
     with pytest.raises(DataError, match="has no column 'label'. It has: id, class"):
         read(index, tmp_path, "id,class\na,x\n")
+
+
+def test_every_mismatch_is_counted_and_named_by_key(index, tmp_path):
+    report = read(index, tmp_path, "id,label\na,x\na.nii,x\nnobody,y\nb,\n,z\nmr1,v\n").report
+    assert report.to_dict()["given"] == 6
+    assert report.to_dict()["labelled"] == 2
+    assert report.counts == {
+        "double_rows": 1,
+        "rows_without_scan": 2,
+        "rows_without_value": 1,
+        "scans_without_label": 3,
+    }
+    assert report.keys["double_rows"] == (key_of(index, "a.nii"),)
+    unlabelled = [key_of(index, name) for name in ("b.nii", "c.nii", "mr2")]
+    assert report.keys["scans_without_label"] == tuple(sorted(unlabelled))
+    assert all(name not in str(report.to_dict()) for name in (".nii", "nobody", "mr1"))
+
+
+def test_patients_whose_scans_have_different_labels_are_named(index, tmp_path):
+    report = read(index, tmp_path, "id,label\nmr1,x\nmr2,y\na,x\n").report
+    row = index.row(key_of(index, "mr1"))
+    assert report.keys["patients_disagree"] == (row["patient_key"],)
+    assert (
+        "patients_disagree" not in read(index, tmp_path, "id,label\nmr1,x\nmr2,x\n").report.counts
+    )
+
+
+def test_a_report_keeps_some_keys_and_counts_all():
+    report = LabelReport()
+    report.note_keys("double_rows", (f"{number:03d}" for number in range(100)))
+    assert report.counts == {"double_rows": 100}
+    assert len(report.keys["double_rows"]) == KEYS_KEPT
+    with pytest.raises(ValueError, match="no mismatch is called 'typo'"):
+        report.note("typo")
+
+
+def test_columns_are_read_together_with_gaps(index, tmp_path):
+    (tmp_path / "labels.csv").write_text("id,p,q\na,1,\nb, x ,0\nc,,\n")
+    rows = read_label_columns(
+        index, tmp_path / "labels.csv", by="scan", id_column="id", label_columns=("p", "q")
+    )
+    assert rows == {key_of(index, "a.nii"): ("1", None), key_of(index, "b.nii"): ("x", "0")}
+    assert rows.report.counts["rows_without_value"] == 1
+
+
+def test_a_difference_is_named_by_its_column(index, tmp_path):
+    (tmp_path / "labels.csv").write_text("id,p,q\na,1,0\na,1.0,1\n")
+    with pytest.raises(LabelError, match="two different labels from column 'q'"):
+        read_label_columns(
+            index, tmp_path / "labels.csv", by="scan", id_column="id", label_columns=("p", "q")
+        )
+
+
+def test_labels_are_read_from_parquet_too(index, tmp_path):
+    pd.DataFrame({"id": ["a", "b"], "label": [1.5, np.nan]}).to_parquet(tmp_path / "l.parquet")
+    labels = read_label_table(
+        index, tmp_path / "l.parquet", by="scan", id_column="id", label_column="label"
+    )
+    assert labels == {key_of(index, "a.nii"): 1.5}
+
+
+def test_masks_report_what_did_not_fit(index, tmp_path):
+    for name in ("a", "c", "z"):
+        write_nifti(tmp_path / "masks" / f"{name}.nii.gz")
+    report = match_masks(index, tmp_path / "masks").report
+    assert (report.num_given, report.num_labelled) == (3, 2)
+    assert report.counts == {"files_without_scan": 1, "scans_without_label": 3}
 
 
 def test_masks_are_found_by_the_name_of_the_scan(index, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from medssl.randomness import numpy_generator
 from medssl.scans.building import IndexConfig, build_index
 from medssl.scans.index import Index
-from medssl.scans.labels import match_masks, read_label_table, read_mask
+from medssl.scans.labels import read_label_table
+from medssl.scans.masks import match_masks, read_mask
 from medssl.scans.phantom import CLASSES, LESION, LIVER, draw_patient, write_phantom
 from medssl.scans.scan import read_scan
 

@@ -109,3 +109,18 @@ def test_a_scan_smaller_than_a_crop_without_padding_is_still_read(tmp_path: Path
     store = make_store(tmp_path, {"a1": VOLUME})
     request = SampleRequest(3, (32, 32, 32), allow_padding=False)
     assert CaseReader(store, ["a1"], request).read("a1").images.shape == (1, 1, 32, 32, 32)
+
+
+@pytest.mark.parametrize("plane", ["sagittal", "coronal", "axial", None])
+def test_the_affine_places_the_voxels_as_they_are_delivered(store: Store, plane) -> None:
+    """Each voxel holds another value: found again by its place, it must be the same one."""
+    dims = 2 if plane else 3
+    request = SampleRequest(dims, (16, 15, 14)[:dims], plane)
+    case = CaseReader(store, ["a1"], request, max_slices=3).read("a1")
+    to_scan = np.linalg.inv(np.array(store.entry("a1").affine)) @ case.affine
+    assert max(max(both) for both in case.padding) > 0
+    image = case.images[0, 0].numpy()
+    inside = [range(before, before + 4) for before, _ in case.padding]
+    for index in np.stack(np.meshgrid(*inside, indexing="ij"), -1).reshape(-1, dims):
+        voxel = np.rint((to_scan @ [*index, *[0] * (3 - dims), 1])[:3]).astype(int)
+        assert image[tuple(index)] == pytest.approx(float(VOLUME[tuple(voxel)]))
