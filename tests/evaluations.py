@@ -10,9 +10,10 @@ import torch
 from medssl.config import ComponentConfig, validate_config
 from medssl.pipelines import index as indexing
 from medssl.pipelines import prepare
+from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.study import StudyConfig
-from medssl.pipelines.transfer import Evaluation, build_tasks, labelled_patients, mask_folders
+from medssl.pipelines.transfer import build_tasks, labelled_patients, mask_folders
 from studies import settings, write_archive
 
 

@@ -1,19 +1,29 @@
-"""Features of frozen backbones: computed once, then probed many times."""
+"""Features of frozen backbones: computed once, kept while a run lasts, probed many times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from medssl.atomic import atomic_write
 from medssl.models.backbones.base import Backbone, Stage
 from medssl.transforms.cases import CaseReader
 
 _CHUNK = 32
 """Slices that go through the backbone at once."""
+
+_MASKS = "#masks"
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,54 @@ def extract_features(
                 layers = {name: layer.mean(0) for name, layer in layers.items()}
             found[case.scan_key] = CaseFeatures(case.scan_key, layers, case.masks)
     return found
+
+
+def save_features(
+    path: Path, features: dict[str, CaseFeatures], init_report: dict[str, Any], init_text: str
+) -> None:
+    """Write features, and what was loaded into the backbone that made them, atomically."""
+    tensors: dict[str, Tensor] = {}
+    for key, case in features.items():
+        tensors |= {f"{key}/{name}": layer.contiguous() for name, layer in case.layers.items()}
+        if case.masks is not None:
+            tensors[f"{key}/{_MASKS}"] = case.masks.contiguous()
+    names = {key: list(case.layers) for key, case in features.items()}
+    metadata = {
+        "layers": json.dumps(names), "init_report": json.dumps(init_report), "init_text": init_text,
+    }  # fmt: skip
+    atomic_write(path, lambda draft: save_file(tensors, draft, metadata=metadata))
+
+
+def load_features(path: Path) -> tuple[dict[str, CaseFeatures], dict[str, Any], str] | None:
+    """Return what `save_features` wrote; None where there is no whole file.
+
+    Tensors are mapped, not read: processes share them in the page cache.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            held = set(file.keys())
+            features = {}
+            for key, names in json.loads(metadata["layers"]).items():
+                layers = {name: file.get_tensor(f"{key}/{name}") for name in names}
+                masks = f"{key}/{_MASKS}"
+                features[key] = CaseFeatures(
+                    key, layers, file.get_tensor(masks) if masks in held else None
+                )
+            return features, json.loads(metadata["init_report"]), metadata["init_text"]
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return None  # torn: computed anew
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time compute what goes into a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _grid(stage: Stage, crop_size: Sequence[int], max_features: int) -> list[int]:

@@ -1,27 +1,86 @@
 """The transfer matrix: cells of (init, task, protocol, labelled patients, seed), resumable.
 
-A finished cell is one file. Cells of one init and task run together, so that features are computed
-once; whatever the order and however often it was interrupted, the same table comes out.
+A finished cell is one file, written by whichever process ran it, with what it logged inside. What
+goes wrong in one cell costs no other its result. Whatever the executor, the order, and however
+often it was interrupted, the same table comes out.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from medssl.atomic import atomic_write
-from medssl.errors import DataError
+from medssl.errors import DataError, MedsslError
 from medssl.evaluation.protocols.base import Cell, Prediction, Setting
+from medssl.executors.base import Executor, Loss
 
 PREDICTION_COLUMNS = (
     "init", "pretext", "backbone", "task", "task_kind", "protocol", "layer", "selected",
     "label_fraction", "num_labelled_patients", "seed", "patient_key", "scan_key", "target",
     "targets", "scores",
 )  # fmt: skip
+_PREDICTION_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in PREDICTION_COLUMNS[:7]),
+        ("selected", pa.bool_()),
+        ("label_fraction", pa.float64()),
+        ("num_labelled_patients", pa.int64()),
+        ("seed", pa.int64()),
+        ("patient_key", pa.string()),
+        ("scan_key", pa.string()),
+        ("target", pa.float64()),
+        ("targets", pa.list_(pa.float64())),
+        ("scores", pa.list_(pa.float64())),
+    ]
+)
+_NOTES = b"medssl"
+
+_LOST: dict[Loss, str] = {
+    "too_slow": "it took too long",
+    "out_of_memory": "not enough memory. Use fewer workers (matrix.executor.num_workers)",
+    "died": "its process was ended, most often by the system for lack of memory. Use fewer "
+    "workers (matrix.executor.num_workers)",
+}
+
+
+@dataclass
+class CellNotes:
+    """What is kept of a cell beside its predictions.
+
+    Attributes:
+        metrics: (step, values) in the order in which they were logged.
+        init_report: what was loaded into the backbone, see `LoadReport.to_dict`.
+        init_text: the same as one line.
+        seconds: that the cell took.
+    """
+
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    init_report: dict[str, Any] = field(default_factory=dict)
+    init_text: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: finished, or why not.
+
+    Attributes:
+        cell: which.
+        problem: in words that name nobody; empty where it is finished.
+    """
+
+    cell: Cell
+    problem: str = ""
 
 
 def build_cells(
@@ -62,9 +121,20 @@ def write_cell(
     *,
     pretext: str,
     backbone: str,
+    notes: CellNotes | None = None,
 ) -> None:
-    """Write one cell's predictions, atomically."""
-    rows: list[dict[str, Any]] = [
+    """Write one cell's predictions and notes, atomically."""
+    kept = {_NOTES: json.dumps(asdict(notes or CellNotes())).encode()}
+    rows = prediction_rows(cell, predictions, setting, pretext=pretext, backbone=backbone)
+    table = pa.Table.from_pylist(rows, schema=_PREDICTION_SCHEMA.with_metadata(kept))
+    atomic_write(cell_path(folder, cell), lambda path: pq.write_table(table, path))
+
+
+def prediction_rows(
+    cell: Cell, predictions: Sequence[Prediction], setting: Setting, *, pretext: str, backbone: str
+) -> list[dict[str, Any]]:
+    """Return one row a prediction, with the columns of ``predictions.parquet``."""
+    return [
         {
             "init": cell.init,
             "pretext": pretext,
@@ -85,39 +155,106 @@ def write_cell(
         }
         for prediction in predictions
     ]
-    table = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
-    atomic_write(cell_path(folder, cell), table.to_parquet)
+
+
+def read_notes(folder: Path, cell: Cell) -> CellNotes:
+    """Return what was kept of a finished cell beside its predictions."""
+    metadata = pq.read_schema(cell_path(folder, cell)).metadata or {}
+    content = json.loads(metadata.get(_NOTES, b"{}"))
+    notes = CellNotes(**content)
+    notes.metrics = [(int(step), values) for step, values in notes.metrics]
+    return notes
+
+
+def in_turn(cells: Sequence[Cell], shared: Callable[[Cell], object]) -> list[Cell]:
+    """Return cells in the order in which they are handed out.
+
+    The first cell of each group that shares features comes before all others, so that processes
+    compute features of different groups, and none waits for another's.
+    """
+    seen: set[object] = set()
+    first: list[Cell] = []
+    rest: list[Cell] = []
+    for cell in cells:
+        (rest if shared(cell) in seen else first).append(cell)
+        seen.add(shared(cell))
+    return [*first, *rest]
+
+
+def attempt(run_cell: Callable[[Cell], None], cell: Cell) -> Outcome:
+    """Run a cell; whatever it raises becomes the outcome's problem."""
+    try:
+        run_cell(cell)
+    except MedsslError as error:
+        return Outcome(cell, str(error))
+    except Exception as error:  # noqa: BLE001  (isolated, told to the user, and run again next time)
+        return Outcome(cell, _without_names(error))
+    return Outcome(cell)
 
 
 def run_cells(
     cells: Sequence[Cell],
     folder: Path,
-    setting_of: Callable[[str, str], Setting],
-    run_cell: Callable[[Cell, Setting], None],
+    run: Callable[[Cell], Outcome],
+    executor: Executor,
+    ended: Callable[[Outcome], None],
     progress: Callable[[int, int, str], None],
-) -> None:
+) -> list[Outcome]:
     """Run the cells that are not finished.
 
     Args:
-        cells: all cells of the matrix.
+        cells: all cells of the matrix, in the order in which they are handed out.
         folder: holds one file a finished cell.
-        setting_of: (task, init) -> what the cells of that pair share; asked for once a pair.
-        run_cell: runs one cell and writes its file.
-        progress: receives (cells done, all cells, the cell that is run next).
+        run: runs one cell, writes its file and returns what became of it; picklable.
+        executor: where cells run.
+        ended: is told of every cell that this call ran, in order.
+        progress: receives (cells done, all cells, the cell that ended last).
+
+    Returns:
+        The outcomes of the cells that failed.
     """
     remaining = unfinished(folder, cells)
     done = len(cells) - len(remaining)
     progress(done, len(cells), "")
-    current: tuple[str, str] | None = None
-    setting: Setting | None = None
-    for cell in remaining:
-        progress(done, len(cells), cell.key)
-        if setting is None or (cell.task, cell.init) != current:
-            current = (cell.task, cell.init)
-            setting = setting_of(cell.task, cell.init)  # the last one's features are let go
-        run_cell(cell, setting)
+    failed = []
+    for outcome in executor.map(
+        run, remaining, lost=lambda cell, loss: Outcome(cell, f"{_LOST[loss]}.")
+    ):
         done += 1
-    progress(done, len(cells), "")
+        ended(outcome)
+        if outcome.problem:
+            failed.append(outcome)
+        progress(done, len(cells), outcome.cell.key)
+    return failed
+
+
+def comparable(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Return the finished cells that can be compared where some have failed.
+
+    Inits of which nothing is finished are left out, then every combination of task, protocol,
+    labels and seed that one of the other inits lacks.
+    """
+    left = set(unfinished(folder, cells))
+    finished = [cell for cell in cells if cell not in left]
+    inits = {cell.init for cell in finished}
+    lacking = {_combination(cell) for cell in left if cell.init in inits}
+    return [cell for cell in finished if _combination(cell) not in lacking]
+
+
+def _combination(cell: Cell) -> tuple[str, str, int, int]:
+    return cell.task, cell.protocol, cell.num_labelled_patients, cell.seed
+
+
+def _without_names(error: Exception) -> str:
+    """Return an error of a library in words: its kind and the place; its text may name a path."""
+    places = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "medssl" in frame.filename
+    ]
+    if not places:
+        return type(error).__name__
+    frame = places[-1]
+    module = Path(frame.filename)
+    return f"{type(error).__name__} in {module.parent.name}/{module.name}, line {frame.lineno}"
 
 
 def collect(folder: Path, cells: Sequence[Cell]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import pandas as pd
 from medssl.atomic import atomic_write
 from medssl.errors import DataError
 from medssl.evaluation.statistics import compare, estimate
+from medssl.pipelines import baselines
 from medssl.pipelines.run_folder import RunFolder, keep_inits, noted_inits
 from medssl.pipelines.sections import StatisticsConfig
 from medssl.reports.html import build_report
@@ -25,7 +26,9 @@ def conclude(
     folder: RunFolder,
 ) -> None:
     """Write the tables and the report of a run folder that has its predictions."""
-    tabulate(out, pd.read_parquet(out / "predictions.parquet"), statistics, metrics)
+    predictions = pd.read_parquet(out / "predictions.parquet")
+    tabulate(out, predictions, statistics, metrics)
+    baselines.tabulate(out, predictions, statistics, metrics)
     folder.finish()
     handle.artifact(out / "config.yaml")
     handle.artifact(out / "results.csv")

@@ -9,6 +9,7 @@ from typing import Any
 
 from medssl.atomic import atomic_write
 from medssl.downstream.base import DownstreamTask
+from medssl.pipelines.leakage import Leakage
 from medssl.scans.datasets.base import PROVENANCE
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits
@@ -23,7 +24,7 @@ def data_facts(
     splits: Splits,
     *,
     pretraining_pool: Sequence[str],
-    overlap: int,
+    leakage: Leakage,
     tasks: Iterable[DownstreamTask] = (),
 ) -> dict[str, Any]:
     """Return the content of a run folder's ``data.json``.
@@ -31,7 +32,7 @@ def data_facts(
     Args:
         index, store, splits: the data.
         pretraining_pool: patients that backbones were pretrained on in this run.
-        overlap: test patients that some init was pretrained on.
+        leakage: what was found and allowed.
         tasks: whose labels are told, with what did not fit between them and the scans.
     """
     table, accepted = index.table, index.accepted
@@ -52,7 +53,9 @@ def data_facts(
         "modalities": {str(k): int(v) for k, v in accepted["modality"].value_counts().items()},
         "spacing_mm": store.preprocessing.get("spacing_mm"),
         "pretraining_pool": len(pretraining_pool),
-        "test_patients_in_pool": overlap,
+        "test_patients_in_pool": leakage.patients,
+        "test_images_elsewhere": leakage.images,
+        "test_images_repeated": leakage.repeated,
         "index_digest": index.digest,
         "store_digest": store.digest,
         "labels": {task.name: task.labels.to_dict() for task in tasks},

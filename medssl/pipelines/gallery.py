@@ -31,12 +31,14 @@ from medssl.evaluation.neighbours import (
     interval,
 )
 from medssl.models.checkpoints import CONTRACT_FILE, WEIGHTS_FILE
+from medssl.models.inits.base import LoadReport
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import prepare
+from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.study import StudyConfig
-from medssl.pipelines.transfer import Evaluation, build_tasks
+from medssl.pipelines.transfer import build_tasks
 from medssl.randomness import numpy_generator
 from medssl.reports.contents import init_names
 from medssl.reports.gallery import PIXELS, Block, Tile, save_gallery, save_layers
@@ -118,9 +120,11 @@ def run(
     found: dict[tuple[str, str], Array] = {
         (PIXELS, "image"): find_neighbours(patches.images.flatten(1), patches.patients, k)
     }
+    reports: dict[str, LoadReport] = {}
     for number, init in enumerate(inits):
         progress("gallery", number, len(inits), init)
-        found |= _neighbours(evaluation, init, patches, k, layer)
+        neighbours, reports[init] = _neighbours(evaluation, init, patches, k, layer)
+        found |= neighbours
     progress("gallery", len(inits), len(inits))
     shown = layer or list(found)[-1][1]
     agreements = {name: Agreement(part, patches) for name, part in found.items()}
@@ -145,9 +149,9 @@ def run(
         },
         "names": init_names(
             config.model_dump(mode="json"),
-            {label: report.to_dict() for label, report in evaluation.reports.items()},
+            {label: report.to_dict() for label, report in reports.items()},
         ),
-        "inits": {label: str(report) for label, report in evaluation.reports.items()},
+        "inits": {label: str(report) for label, report in reports.items()},
         "pictures_of_patients": config.include_images,
     }
     atomic_write(folder / "gallery.csv", lambda temporary: table.to_csv(temporary, index=False))
@@ -292,16 +296,18 @@ def _cut(
 
 def _neighbours(
     evaluation: Evaluation, init: str, patches: Patches, k: int, layer: str | None
-) -> dict[tuple[str, str], Array]:
-    """Return the neighbours by every stage under an init, with the matrix's first seed.
+) -> tuple[dict[tuple[str, str], Array], LoadReport]:
+    """Return the neighbours by every stage under an init, and what was loaded into it.
 
-    Features live no longer than this call, so that those of one init alone are in memory.
+    Random weights are those of the matrix's first seed. Features live no longer than this call, so
+    that those of one init alone are in memory.
 
     Raises:
         ConfigError: there is no such layer, or k does not fit.
     """
     seed = evaluation.section.matrix.seeds[0] if evaluation.inits[init].name == "random" else 0
-    backbone = evaluation.new_backbone(init, seed).to(evaluation.device)
+    backbone, report = evaluation.new_backbone(init, seed)
+    backbone = backbone.to(evaluation.device)
     if layer not in (None, *(stage.name for stage in backbone.stages)):
         names = ", ".join(stage.name for stage in backbone.stages)
         raise ConfigError(f"there is no layer {layer!r}. There are: {names}.")
@@ -309,7 +315,7 @@ def _neighbours(
     return {
         (init, stage): find_neighbours(rows, patches.patients, k)
         for stage, rows in features.items()
-    }
+    }, report
 
 
 def _table(

@@ -29,6 +29,7 @@ from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.facts import data_digests, data_facts
+from medssl.pipelines.leakage import Leakage, write_hashes
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import SamplingConfig, SplitConfig
@@ -215,7 +216,7 @@ def _lead(
             facts = data_facts(
                 index, store, splits,
                 pretraining_pool=pretraining_pool(store, splits),
-                overlap=len({*splits.test} & {*(earlier.patients if earlier else ())}),
+                leakage=Leakage(len({*splits.test} & {*(earlier.patients if earlier else ())})),
             )  # fmt: skip
             folder.write_json("data.json", facts)
             pretrain_backbone(
@@ -355,6 +356,7 @@ def pretrain_backbone(
             pictures, [[(panel.image_XY.numpy(), panel.title) for panel in row] for row in rows]
         )
     init = init_provenance(job.init, report)
+    write_hashes(folder, store, scans_of(store, pool), job.init)
     save_checkpoint(
         folder, result.backbone, _contract(job, task, backbone, request, index, store, pool, init)
     )

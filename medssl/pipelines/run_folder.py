@@ -24,7 +24,7 @@ _NOT_READABLE = "its config.yaml is not readable"
 _RESULTS = ("checkpoints", "cells", "predictions.parquet")
 _FREE = (
     "max_minutes", "profile", "num_workers", "prefetch_factor", "cache_gb", "resident",
-    "resident_gb",
+    "resident_gb", "executor",
 )  # fmt: skip
 """Keys that may change while a run goes on: they say when to pause, how to read and what to watch,
 not what to compute."""

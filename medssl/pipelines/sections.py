@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from medssl.config import Config
+from medssl.config import ComponentConfig, Config, component
+from medssl.downstream import DOWNSTREAM_TASKS
+from medssl.evaluation.protocols import PROTOCOLS
+from medssl.executors import EXECUTORS
+from medssl.executors.local import Config as LocalConfig
+from medssl.executors.local import default_workers
 from medssl.transforms.requests import Plane, SampleRequest
 
 
@@ -74,11 +80,17 @@ class MatrixConfig(Config):
             every one.
         label_fractions: the same as shares of the training patients; give one of the two.
         seeds: of the subsets, the head and the batches; at least 5 for a verdict to lean on.
+        executor: where cells run: ``local`` processes, or ``ray``. By default local ones: one a
+            core on a CPU; with a GPU this process alone, which holds it.
+        threads: of PyTorch for each cell on a CPU. The predictions of another number may differ in
+            their last digits; the number of processes changes nothing.
     """
 
     labelled_patients: tuple[int | str, ...] | None = None
     label_fractions: tuple[float, ...] | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    executor: Annotated[ComponentConfig, component(EXECUTORS)] | None = None
+    threads: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> MatrixConfig:
@@ -96,6 +108,13 @@ class MatrixConfig(Config):
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError("seeds must be different numbers, at least one")
         return self
+
+    def executor_for(self, device: str, num_cells: int) -> ComponentConfig:
+        """Return where so many cells run on a kind of device (``cpu``, ``cuda``)."""
+        if self.executor is not None:
+            return self.executor
+        workers = 0 if device != "cpu" else max(1, default_workers() // self.threads)
+        return LocalConfig(num_workers=0 if min(workers, num_cells) < 2 else workers)
 
     def numbers(self, num_train_patients: int) -> tuple[int, ...]:
         """Return the numbers of labelled patients, ascending and each once."""
@@ -134,3 +153,41 @@ class StatisticsConfig(Config):
                 f"statistics.reference: {self.reference!r} is not one of inits. "
                 f"There are: {', '.join(labels)}"
             )
+
+
+TaskConfig = Annotated[ComponentConfig, component(DOWNSTREAM_TASKS)]
+ProtocolConfig = Annotated[ComponentConfig, component(PROTOCOLS)]
+
+
+class EvaluationSection(Config):
+    """What is evaluated, whatever the inits.
+
+    Attributes:
+        tasks: downstream tasks, with their labels.
+        protocols: how each is evaluated.
+        matrix: label fractions and seeds.
+        splits: how patients are divided.
+        statistics: how inits are compared.
+        allow_test_patients_in_pretraining: permit checkpoints that were pretrained on scans of
+            test patients; the report then says so.
+        allow_duplicated_images: permit images of test patients that are also those of other
+            patients, in training, validation or a pretraining pool; the report then says so.
+    """
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    protocols: tuple[ProtocolConfig, ...] = Field(min_length=1)
+    matrix: MatrixConfig
+    splits: SplitConfig = SplitConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
+    allow_test_patients_in_pretraining: bool = False
+    allow_duplicated_images: bool = False
+
+    @model_validator(mode="after")
+    def _labels_are_different(self) -> EvaluationSection:
+        labels = [getattr(task, "label", None) or task.name for task in self.tasks]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"two tasks are called the same ({labels}); give them a label each")
+        names = [protocol.name for protocol in self.protocols]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a protocol is given twice ({names})")
+        return self

@@ -17,7 +17,9 @@ from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import compare, prepare
 from medssl.pipelines import index as indexing
+from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
+from medssl.pipelines.leakage import overlap_with_pretraining
 from medssl.pipelines.pretrain import (
     Pretraining,
     PretrainSection,
@@ -27,18 +29,16 @@ from medssl.pipelines.pretrain import (
 )
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
-from medssl.pipelines.sections import SamplingConfig
+from medssl.pipelines.sections import EvaluationSection, SamplingConfig
 from medssl.pipelines.starts import start_in_words
 from medssl.pipelines.transfer import (
-    Evaluation,
-    EvaluationSection,
     build_tasks,
     check_inits,
     checkpoint_digests,
     evaluate,
     labelled_patients,
     mask_folders,
-    overlap_with_pretraining,
+    raise_failures,
 )
 from medssl.pretext import PRETEXT_TASKS
 from medssl.scans.building import IndexConfig
@@ -181,10 +181,11 @@ def run(
                 index, store, splits, tasks,
                 pretraining_pool(store, splits) if any(pretexts.values()) else (),
             )  # fmt: skip
-            evaluate(evaluation, out, tracker, handle, folder, progress)
+            failed = evaluate(evaluation, out, tracker, handle, folder, progress)
             progress("report", 0, 1)
             compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
             progress("report", 1, 1)
+            raise_failures(failed, len(evaluation.cells()))
     return out
 
 

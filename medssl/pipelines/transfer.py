@@ -2,79 +2,51 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
+import pandas as pd
 from pydantic import Field, model_validator
 
 from medssl.atomic import atomic_write
-from medssl.config import ComponentConfig, Config, Label, component
+from medssl.config import ComponentConfig, Label, component
 from medssl.downstream import DOWNSTREAM_TASKS
 from medssl.downstream.base import DownstreamTask
-from medssl.errors import ConfigError, LabelError, LeakageError
-from medssl.evaluation.matrix import build_cells, collect, run_cells, write_cell
-from medssl.evaluation.protocols import PROTOCOLS
-from medssl.evaluation.protocols.base import Cell, Setting
+from medssl.errors import ConfigError, LabelError, MachineError
+from medssl.evaluation.matrix import (
+    Outcome,
+    collect,
+    comparable,
+    in_turn,
+    read_notes,
+    run_cells,
+    unfinished,
+)
+from medssl.executors import EXECUTORS
 from medssl.models.backbones import BACKBONES
-from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
 from medssl.models.checkpoints import load_contract
 from medssl.models.inits import INITS
-from medssl.models.inits.base import LoadReport
-from medssl.pipelines import compare, prepare
-from medssl.pipelines.contract import image_contract
+from medssl.pipelines import baselines, compare, prepare
+from medssl.pipelines.cells import CellWork, Evaluation, run_name, track
 from medssl.pipelines.facts import data_digests, data_facts
+from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.prepare import MaskSource
 from medssl.pipelines.pretrain import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
-from medssl.pipelines.sections import MatrixConfig, SamplingConfig, SplitConfig, StatisticsConfig
+from medssl.pipelines.sections import EvaluationSection, SamplingConfig
 from medssl.pipelines.starts import start_in_words
-from medssl.randomness import derive_seed
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
-from medssl.scans.splits import Splits
-from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker, TrackingConfig
 from medssl.training.devices import select_device
 from medssl.transforms.preprocessing import PreprocessingConfig
 
-TaskConfig = Annotated[ComponentConfig, component(DOWNSTREAM_TASKS)]
-ProtocolConfig = Annotated[ComponentConfig, component(PROTOCOLS)]
-
-
-class EvaluationSection(Config):
-    """What is evaluated, whatever the inits.
-
-    Attributes:
-        tasks: downstream tasks, with their labels.
-        protocols: how each is evaluated.
-        matrix: label fractions and seeds.
-        splits: how patients are divided.
-        statistics: how inits are compared.
-        allow_test_patients_in_pretraining: permit checkpoints that were pretrained on scans of
-            test patients; the report then says so.
-    """
-
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    protocols: tuple[ProtocolConfig, ...] = Field(min_length=1)
-    matrix: MatrixConfig
-    splits: SplitConfig = SplitConfig()
-    statistics: StatisticsConfig = StatisticsConfig()
-    allow_test_patients_in_pretraining: bool = False
-
-    @model_validator(mode="after")
-    def _labels_are_different(self) -> EvaluationSection:
-        labels = [getattr(task, "label", None) or task.name for task in self.tasks]
-        if len(set(labels)) != len(labels):
-            raise ValueError(f"two tasks are called the same ({labels}); give them a label each")
-        names = [protocol.name for protocol in self.protocols]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a protocol is given twice ({names})")
-        return self
+FAILURES_FILE = "failures.csv"
 
 
 class TransferConfig(EvaluationSection):
@@ -108,77 +80,6 @@ class TransferConfig(EvaluationSection):
     def _reference_is_an_init(self) -> TransferConfig:
         self.statistics.check_reference(self.inits)
         return self
-
-
-@dataclass
-class Evaluation:
-    """All that the matrix needs.
-
-    Attributes:
-        section: tasks, protocols, cells, statistics.
-        backbone, sampling, seed, device: the same for every init.
-        inits: configuration of each init by its label.
-        pretexts: name of each init's pretext task by its label; empty where it has none.
-        index, store, splits: the data.
-        tasks: the built tasks by label.
-        pretraining_pool: patients that this run pretrained backbones on.
-        reports: what was loaded into each init, filled as backbones are built.
-    """
-
-    section: EvaluationSection
-    backbone: ComponentConfig
-    sampling: SamplingConfig
-    seed: int
-    device: torch.device
-    inits: Mapping[str, ComponentConfig]
-    pretexts: Mapping[str, str]
-    index: Index
-    store: Store
-    splits: Splits
-    tasks: Mapping[str, DownstreamTask]
-    pretraining_pool: Sequence[str] = ()
-    reports: dict[str, LoadReport] = field(default_factory=dict)
-
-    def cells(self) -> list[Cell]:
-        """Return the cells of the matrix, in the order in which they run."""
-        return build_cells(
-            tasks=list(self.tasks),
-            inits=list(self.inits),
-            protocols=[protocol.name for protocol in self.section.protocols],
-            labelled_patients=self.section.matrix.numbers(len(self.splits.train)),
-            num_train_patients=len(self.splits.train),
-            seeds=self.section.matrix.seeds,
-        )
-
-    def metrics(self) -> dict[str, str]:
-        """Return the primary metric of each task."""
-        return {label: task.metric for label, task in self.tasks.items()}
-
-    def new_backbone(self, init: str, seed: int) -> Backbone:
-        """Return a fresh backbone with an init's weights, under the study's contract."""
-        request = self.sampling.request()
-        backbone, report = build_backbone(
-            self.backbone,
-            self.inits[init],
-            in_channels=request.in_channels,
-            seed=derive_seed(self.seed, "init", seed),
-            expected=image_contract(self.store, request),
-        )
-        self.reports[init] = report
-        return backbone
-
-    def setting(self, task: str, init: str) -> Setting:
-        """Return what the cells of one task and init share."""
-        return Setting(
-            task=self.tasks[task],
-            store=self.store,
-            request=self.sampling.request(),
-            splits=self.splits,
-            new_backbone=lambda seed: self.new_backbone(init, seed),
-            seed=self.seed,
-            device=self.device,
-            seeded_init=self.inits[init].name == "random",
-        )
 
 
 def run(
@@ -222,8 +123,9 @@ def run(
                 select_device(config.device), config.inits, pretexts_of(config.inits),
                 index, store, splits, tasks,
             )  # fmt: skip
-            evaluate(evaluation, out, tracker, handle, folder, progress)
+            failed = evaluate(evaluation, out, tracker, handle, folder, progress)
             compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
+            raise_failures(failed, len(evaluation.cells()))
     return out
 
 
@@ -344,30 +246,6 @@ def checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
     }
 
 
-def overlap_with_pretraining(
-    inits: Mapping[str, ComponentConfig], splits: Splits, *, allowed: bool
-) -> int:
-    """Return how many test patients an init was pretrained on.
-
-    Raises:
-        LeakageError: there are some, and the config does not allow it.
-    """
-    test = set(splits.test)
-    worst = 0
-    for label, init in inits.items():
-        if init.name != "checkpoint" or not hasattr(init, "path"):
-            continue
-        shared = test & set(load_contract(init.path).patients)
-        worst = max(worst, len(shared))
-        if shared and not allowed:
-            raise LeakageError(
-                f"init {label!r} was pretrained on scans of {len(shared)} of the {len(test)} test "
-                "patients. Pretrain it with the same splits file (splits.file), or set "
-                "allow_test_patients_in_pretraining: true, and the report will say so."
-            )
-    return worst
-
-
 def evaluate(
     evaluation: Evaluation,
     out: Path,
@@ -375,52 +253,95 @@ def evaluate(
     parent: RunHandle,
     folder: RunFolder,
     progress: Progress,
-) -> None:
-    """Run all cells that are not finished and write ``predictions.parquet``."""
-    overlap = overlap_with_pretraining(
-        evaluation.inits,
-        evaluation.splits,
-        allowed=evaluation.section.allow_test_patients_in_pretraining,
-    )
+) -> list[Outcome]:
+    """Run all cells that are not finished and write ``predictions.parquet``.
+
+    Returns:
+        The cells that failed; ``failures.csv`` lists them, and predictions then hold what can be
+        compared without them.
+
+    Raises:
+        LeakageError: test patients, or their images, are where they must not be.
+        MachineError: so many cells failed that nothing is left to compare.
+    """
+    section = evaluation.section
+    leakage = check_leakage(
+        evaluation.inits, evaluation.store, evaluation.splits,
+        allow_patients=section.allow_test_patients_in_pretraining,
+        allow_images=section.allow_duplicated_images,
+    )  # fmt: skip
     facts = data_facts(
         evaluation.index,
         evaluation.store,
         evaluation.splits,
         pretraining_pool=evaluation.pretraining_pool,
-        overlap=overlap,
+        leakage=leakage,
         tasks=evaluation.tasks.values(),
     )
     folder.write_json("data.json", facts)
-    protocols = {protocol.name: protocol for protocol in evaluation.section.protocols}
     cells = evaluation.cells()
-    cells_folder = out / "cells"
+    matrix = section.matrix
+    work = CellWork(evaluation, out / "cells", out / "features")
 
-    def run_cell(cell: Cell, setting: Setting) -> None:
-        params = {
-            "init": cell.init,
-            "task": cell.task,
-            "protocol": cell.protocol,
-            "num_labelled_patients": cell.num_labelled_patients,
-            "seed": cell.seed,
-        }
-        with tracker.run(f"cell/{cell.key}", parent=parent.name, params=params) as handle:
-            protocol = PROTOCOLS.build(protocols[cell.protocol])
-            predictions = protocol.run(cell, setting, handle.log)
-            report = evaluation.reports[cell.init]
-            handle.tag("init_report", str(report))
-            # Before the cell counts as finished: a resumed run loads nothing for it any more.
-            folder.note_inits({cell.init: report.to_dict()})
-            write_cell(
-                cells_folder, cell, predictions, setting,
-                pretext=evaluation.pretexts[cell.init], backbone=evaluation.backbone.name,
-            )  # fmt: skip
+    def ended(outcome: Outcome) -> None:
+        track(outcome, work.folder, tracker, parent)
+        if not outcome.problem:
+            # A resumed run loads nothing for a finished cell any more.
+            notes = read_notes(work.folder, outcome.cell)
+            folder.note_inits({outcome.cell.init: notes.init_report})
 
-    run_cells(
-        cells,
-        cells_folder,
-        evaluation.setting,
-        run_cell,
-        lambda done, total, note: progress("transfer", done, total, note),
-    )
-    predictions = collect(cells_folder, cells)
+    left = set(unfinished(work.folder, cells))
+    for cell in cells:  # a run that was killed may have left some out of the journal
+        if cell not in left and not tracker.finished(run_name(cell)):
+            ended(Outcome(cell))
+    try:
+        failed = run_cells(
+            in_turn(cells, evaluation.shared),
+            work.folder,
+            work,
+            EXECUTORS.build(matrix.executor_for(evaluation.device.type, len(left))),
+            ended,
+            lambda done, total, note: progress("transfer", done, total, note),
+        )
+    finally:
+        if not unfinished(work.folder, cells):
+            shutil.rmtree(work.feature_folder, ignore_errors=True)
+    write_failures(out / FAILURES_FILE, failed)
+    baselines.run(evaluation, out)
+    kept = comparable(cells, work.folder) if failed else cells
+    if len({cell.init for cell in kept}) < 2:
+        raise too_many_failed(failed, len(cells))
+    predictions = collect(work.folder, kept)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
+    return failed
+
+
+def write_failures(path: Path, failed: Sequence[Outcome]) -> None:
+    """List the cells that failed, and why; no file where none has."""
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    rows = [{**asdict(outcome.cell), "problem": outcome.problem} for outcome in failed]
+    atomic_write(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def raise_failures(failed: Sequence[Outcome], num_cells: int) -> None:
+    """Tell of cells that failed, after everything that can be done without them.
+
+    Raises:
+        MachineError: some have.
+    """
+    if failed:
+        raise MachineError(
+            f"{len(failed)} of {num_cells} cells failed and are not in the report; {FAILURES_FILE} "
+            f"lists them. The first, {failed[0].cell.key}: {failed[0].problem} Start the same "
+            "command again: the others are kept, and these run again."
+        )
+
+
+def too_many_failed(failed: Sequence[Outcome], num_cells: int) -> MachineError:
+    """Return the error of a matrix of which nothing is left to compare."""
+    return MachineError(
+        f"{len(failed)} of {num_cells} cells failed, and nothing is left to compare; "
+        f"{FAILURES_FILE} lists them. The first, {failed[0].cell.key}: {failed[0].problem}"
+    )

@@ -39,6 +39,19 @@ def warnings_of(contents: Contents) -> list[str]:
             f"{overlap} test {_plural(overlap, 'patient was', 'patients were')} in the pretraining "
             f"pool. {favours}"
         )
+    copies = int(contents.data.get("test_images_elsewhere") or 0)
+    if copies:
+        found.append(
+            f"The {_plural(copies, 'image', 'images')} of {copies} test "
+            f"{_plural(copies, 'scan is', 'scans are')} also among those trained on, under other "
+            "names. All numbers here are too good by an unknown amount."
+        )
+    repeated = int(contents.data.get("test_images_repeated") or 0)
+    if repeated:
+        found.append(
+            f"{repeated} test scans show the same images as those of other test patients. "
+            "Intervals take them for more people than they are."
+        )
     stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
     if stopped:
         found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")
@@ -153,6 +166,8 @@ def data_rows(contents: Contents) -> Rows:
         ),
         ("Patients in the pretraining pool", _count(data.get("pretraining_pool"))),
         ("Test patients in the pretraining pool", _count(data.get("test_patients_in_pool"))),
+        ("Test scans whose image is elsewhere too", _count(data.get("test_images_elsewhere"))),
+        ("Test scans of two patients with one image", _count(data.get("test_images_repeated"))),
         ("Digest of the index", _short(data.get("index_digest"))),
     ]
     return [(label, value) for label, value in rows if value]

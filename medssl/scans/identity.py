@@ -67,3 +67,19 @@ def private_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.chmod(0o700)
     return path
+
+
+def name_of_scanner(manufacturer: str, model: str) -> str:
+    """Return what a scanner's key is made of; "" where nothing is known."""
+    return _named("scanner", manufacturer, model)
+
+
+def name_of_site(institution: str) -> str:
+    """Return what a site's key is made of; "" where nothing is known."""
+    return _named("site", institution)
+
+
+def _named(kind: str, *names: str) -> str:
+    """Return names as one text, whatever their capitals and blanks."""
+    plain = [" ".join(name.upper().split()) for name in names]
+    return "\x1f".join([kind, *plain]) if any(plain) else ""

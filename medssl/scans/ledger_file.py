@@ -13,7 +13,7 @@ from medssl.errors import MachineError
 from medssl.scans.files import FoundFile
 
 LEDGER_NAME = "ledger.sqlite"
-VERSION = 5  # raise it when headers are read differently: everything is then parsed again
+VERSION = 6  # raise it when headers are read differently: everything is then parsed again
 WAIT_SECONDS = 30.0  # for another process that is writing
 
 TABLES = """

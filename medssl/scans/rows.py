@@ -36,6 +36,8 @@ INDEX_SCHEMA = pa.schema(
         ("flags", pa.list_(pa.string())),
         ("digest", pa.string()),
         ("num_channels", pa.int32()),
+        ("scanner_key", pa.string()),
+        ("site_key", pa.string()),
     ]
 )
 
@@ -127,6 +129,8 @@ class RowMaker:
             "status": "accepted" if accepted else "rejected",
             "reason": group.reason,
             "num_files": len(group.headers),
+            "scanner_key": first.facts.get("scanner_key", ""),
+            "site_key": first.facts.get("site_key", ""),
             "flags": sorted({*group.flags, *(found_flags if accepted else ())}),
             **_REJECTED,
         }

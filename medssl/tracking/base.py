@@ -118,6 +118,11 @@ class Tracker:
             raise ValueError(f"run {name!r}: its parent {parent!r} has not been started.")
         return RunHandle(self, name, parent, dict(params or {}), dict(tags or {}))
 
+    def finished(self, name: str) -> bool:
+        """Return whether the journal holds a run of that name that reached its end."""
+        state = self._journal.runs.get(name)
+        return state is not None and state.finished
+
     def close(self) -> SyncReport:
         """Deliver what is left, waiting at most 5 s for a dead server. Never raises for a server.
 

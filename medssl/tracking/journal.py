@@ -34,6 +34,7 @@ class RunState:
     """What the journal already holds of one run."""
 
     open: bool = False
+    finished: bool = False
     last_step: dict[str, int] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
 
@@ -131,9 +132,10 @@ class Journal:
         state = self.runs.setdefault(record["run"], RunState())
         match record["kind"]:
             case "start":
-                state.open = True
+                state.open, state.finished = True, False
             case "end":
                 state.open = False
+                state.finished = record.get("status") == "FINISHED"
             case "metrics":
                 for key in record["values"]:
                     state.last_step[key] = max(record["step"], state.last_step.get(key, -1))

@@ -17,12 +17,12 @@ from medssl.evaluation.protocols.base import Cell
 from medssl.models.checkpoints import Contract, lineage, load_contract, read_weights
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import study as studies_pipeline
+from medssl.pipelines.cells import Evaluation
+from medssl.pipelines.leakage import overlap_with_pretraining
 from medssl.pipelines.pretrain import Pretraining, PretrainSection, pretrain_backbone
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import (
-    Evaluation,
     checkpoint_digests,
-    overlap_with_pretraining,
     pretexts_of,
 )
 from medssl.pretext import PRETEXT_TASKS
@@ -165,14 +165,13 @@ def test_the_matrix_takes_the_chain_as_an_init_of_its_own(evaluation, chain):
         "first": CheckpointConfig(path=chain[0]),
         "second": CheckpointConfig(path=chain[1]),
     }
-    both = dataclasses.replace(evaluation, inits=inits, pretexts=pretexts_of(inits), reports={})
+    both = dataclasses.replace(evaluation, inits=inits, pretexts=pretexts_of(inits))
     assert both.pretexts == {"random": "", "first": "rotation", "second": "inpainting"}
     cells: list[Cell] = both.cells()
     assert {cell.init for cell in cells} == set(inits)
-    for label in inits:
-        both.new_backbone(label, seed=0)
-    assert both.reports["first"].source == "checkpoint 'first' (random → rotation)"
-    assert both.reports["second"].source == ("checkpoint 'second' (random → rotation → inpainting)")
+    reports = {label: both.new_backbone(label, seed=0)[1] for label in inits}
+    assert reports["first"].source == "checkpoint 'first' (random → rotation)"
+    assert reports["second"].source == ("checkpoint 'second' (random → rotation → inpainting)")
     digests = checkpoint_digests(inits)
     assert digests["checkpoint first"] != digests["checkpoint second"]
 
@@ -180,13 +179,9 @@ def test_the_matrix_takes_the_chain_as_an_init_of_its_own(evaluation, chain):
 def test_the_report_shows_where_each_init_came_from(evaluation, chain):
     from medssl.reports.facts import init_rows
 
-    both = dataclasses.replace(
-        evaluation, inits={"second": CheckpointConfig(path=chain[1])}, reports={}
-    )
-    both.new_backbone("second", seed=0)
-
-    reports = {label: report.to_dict() for label, report in both.reports.items()}
-    contents = SimpleNamespace(provenance={"inits": reports})
+    both = dataclasses.replace(evaluation, inits={"second": CheckpointConfig(path=chain[1])})
+    _, report = both.new_backbone("second", seed=0)
+    contents = SimpleNamespace(provenance={"inits": {"second": report.to_dict()}})
     (row,) = init_rows(contents)  # type: ignore[arg-type]
     assert row["source"] == "checkpoint 'second' (random → rotation → inpainting)"
 

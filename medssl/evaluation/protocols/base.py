@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,23 @@ import torch
 
 from medssl.config import ComponentConfig
 from medssl.downstream.base import DownstreamTask
-from medssl.evaluation.features import CaseFeatures, extract_features
+from medssl.evaluation.features import (
+    CaseFeatures,
+    alone,
+    extract_features,
+    load_features,
+    save_features,
+)
 from medssl.evaluation.metrics import METRICS, Array
 from medssl.models.backbones.base import Backbone
+from medssl.models.inits.base import LoadReport
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.transforms.cases import CaseReader
 from medssl.transforms.sampling import SampleRequest
+
+_POOLED = "#pooled"
+"""In a file's name, features that all tasks of one answer a scan share; no task is called so."""
 
 
 class ProtocolConfig(ComponentConfig):
@@ -83,23 +94,42 @@ class Setting:
         store: the prepared scans.
         request: the configured crop; each protocol lets the task amend it.
         splits: patients of training, validation and test.
-        new_backbone: returns a fresh backbone with the init's weights; the seed matters to the
-            random init alone.
+        init: label of the init.
+        make_backbone: returns a fresh backbone with the init's weights, and what was loaded into
+            it; the seed matters to the random init alone.
         seed: the study's.
         device: where to compute.
         seeded_init: whether the init's weights depend on the cell's seed (random), so that
             features are computed for each seed.
+        feature_scans: the scans whose features are computed: those that any task needs which can
+            share them.
+        feature_folder: where features are kept; None: in memory alone.
+        report: what was loaded into the backbone last made, or into the one that made the
+            features last asked for.
     """
 
     task: DownstreamTask
     store: Store
     request: SampleRequest
     splits: Splits
-    new_backbone: Callable[[int], Backbone]
+    init: str
+    make_backbone: Callable[[int], tuple[Backbone, LoadReport]]
     seed: int
     device: torch.device
     seeded_init: bool
-    _features: dict[int, dict[str, CaseFeatures]] = field(default_factory=dict, repr=False)
+    feature_scans: Sequence[str]
+    feature_folder: Path | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    report_text: str = ""
+    _features: dict[tuple[int, int, int], dict[str, CaseFeatures]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def new_backbone(self, seed: int) -> Backbone:
+        """Return a fresh backbone with the init's weights, and note what was loaded."""
+        backbone, report = self.make_backbone(seed)
+        self.report, self.report_text = report.to_dict(), str(report)
+        return backbone
 
     def scans_of(self, patients: Iterable[str]) -> list[str]:
         """Return the labelled, prepared scans of some patients, sorted."""
@@ -132,16 +162,40 @@ class Setting:
     def features(self, cell: Cell, max_slices: int, max_features: int) -> dict[str, CaseFeatures]:
         """Return the features of all labelled scans: computed once a backbone, then kept."""
         backbone_seed = cell.seed if self.seeded_init else 0
-        if backbone_seed not in self._features:
-            patients = [*self.splits.train, *self.splits.val, *self.splits.test]
-            self._features[backbone_seed] = extract_features(
-                self.new_backbone(backbone_seed).to(self.device),
-                self.cases(self.scans_of(patients), max_slices),
-                device=self.device,
-                dense=self.task.dense,
-                max_features=max_features,
-            )
-        return self._features[backbone_seed]
+        name = (backbone_seed, max_slices, max_features)
+        if name not in self._features:
+            self._features[name] = self._kept_features(backbone_seed, max_slices, max_features)
+        return self._features[name]
+
+    def _kept_features(
+        self, seed: int, max_slices: int, max_features: int
+    ) -> dict[str, CaseFeatures]:
+        """Return features from disk, or compute and keep them: one process does, others wait."""
+        if self.feature_folder is None:
+            return self._computed_features(seed, max_slices, max_features)
+        kind = self.task.name if self.task.dense else _POOLED
+        path = self.feature_folder / (
+            f"{kind}-{self.init}-s{seed}-{max_slices}-{max_features}.safetensors"
+        )
+        with alone(path):
+            found = load_features(path)
+            if found is None:
+                features = self._computed_features(seed, max_slices, max_features)
+                save_features(path, features, self.report, self.report_text)
+                return features
+        features, self.report, self.report_text = found
+        return features
+
+    def _computed_features(
+        self, seed: int, max_slices: int, max_features: int
+    ) -> dict[str, CaseFeatures]:
+        return extract_features(
+            self.new_backbone(seed).to(self.device),
+            self.cases(self.feature_scans, max_slices),
+            device=self.device,
+            dense=self.task.dense,
+            max_features=max_features,
+        )
 
     def targets(self, scan_keys: Sequence[str]) -> Array:
         """Return what is known of some scans, float64: (N,) where it is one number, else (N, T)."""

@@ -26,6 +26,7 @@ from medssl.scans.formats._dicom_values import (
     words,
 )
 from medssl.scans.formats.base import check_size
+from medssl.scans.identity import name_of_scanner, name_of_site
 
 KEYWORDS = (
     "AcquisitionNumber", "BitsAllocated", "BitsStored", "BodyPartExamined",
@@ -35,8 +36,9 @@ KEYWORDS = (
     "FrameOfReferenceUID",
     "GreenPaletteColorLookupTableData", "GreenPaletteColorLookupTableDescriptor", "HighBit",
     "ImageOrientationPatient", "ImagePositionPatient", "ImageType", "ImagerPixelSpacing",
-    "InConcatenationTotalNumber",
-    "LossyImageCompression", "Modality", "ModalityLUTSequence", "NumberOfFrames", "PatientID",
+    "InConcatenationTotalNumber", "InstitutionName",
+    "LossyImageCompression", "Manufacturer", "ManufacturerModelName", "Modality",
+    "ModalityLUTSequence", "NumberOfFrames", "PatientID",
     "PerFrameFunctionalGroupsSequence", "PhotometricInterpretation", "PixelRepresentation",
     "PixelSpacing", "PlanarConfiguration", "PresentationLUTShape", "RecognizableVisualFeatures",
     "RedPaletteColorLookupTableData", "RedPaletteColorLookupTableDescriptor",
@@ -101,6 +103,7 @@ def _facts(parsed: Parsed, key: Callable[[str], str]) -> dict[str, Any]:
         "frame_key": key(text(dataset, "FrameOfReferenceUID")),
         "instance_key": key(text(dataset, "SOPInstanceUID")),
         "acquisition": plain(dataset, "AcquisitionNumber"),
+        **_places(dataset, key),
     }
     flags = flags_of(dataset, modality, facts["photometric"])
     if facts["channels"] > 1:
@@ -116,6 +119,17 @@ def _facts(parsed: Parsed, key: Callable[[str], str]) -> dict[str, Any]:
         facts.update(_plane_facts(dataset, facts["kind"], modality, flags))
     facts["flags"] = flags
     return facts
+
+
+def _places(dataset: Any, key: Callable[[str], str]) -> dict[str, str]:
+    """Return the keys of the scanner and of the site; without what a file does not say."""
+    names = {
+        "scanner_key": name_of_scanner(
+            text(dataset, "Manufacturer"), text(dataset, "ManufacturerModelName")
+        ),
+        "site_key": name_of_site(text(dataset, "InstitutionName")),
+    }
+    return {fact: key(name) for fact, name in names.items() if name}
 
 
 def _pixel_facts(dataset: Any, modality: str) -> dict[str, Any]:

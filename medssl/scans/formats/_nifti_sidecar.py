@@ -1,4 +1,4 @@
-"""The JSON file that converters write beside a NIfTI file: modality and patient.
+"""The JSON file that converters write beside a NIfTI file: modality, patient, scanner and site.
 
 Source: BIDS specification, "Metadata fields"; dcm2niix writes the same names.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medssl.scans.identity import Salt
+from medssl.scans.identity import Salt, name_of_scanner, name_of_site
 
 SUFFIX = ".json"
 _IMAGE_SUFFIXES = (".nii.gz", ".nii")
@@ -33,12 +33,15 @@ class Sidecar:
     Attributes:
         modality: a DICOM modality, or "".
         patient_key: or "".
+        scanner_key, site_key: or "".
         digest: salted, of the whole file; "" when there is none.
         readable: whether it could be read, or is absent.
     """
 
     modality: str = ""
     patient_key: str = ""
+    scanner_key: str = ""
+    site_key: str = ""
     digest: str = ""
     readable: bool = True
 
@@ -85,9 +88,15 @@ def read_sidecar(path: Path, salt: Salt) -> Sidecar:
         return Sidecar(digest=digest, readable=False)
     modality = _text(values.get("Modality")).upper()
     patient = _text(values.get("PatientID"))
+    scanner = name_of_scanner(
+        _text(values.get("Manufacturer")), _text(values.get("ManufacturersModelName"))
+    )
+    site = name_of_site(_text(values.get("InstitutionName")))
     return Sidecar(
         modality=modality if modality in _MODALITIES else "",
         patient_key=salt.key("patient", patient) if patient else "",
+        scanner_key=salt.key("file", scanner) if scanner else "",
+        site_key=salt.key("file", site) if site else "",
         digest=digest,
     )
 

@@ -88,6 +88,14 @@ class NiftiFormat(ScanFormat):
                 "affine": affine.ravel().tolist(),
                 "modality": sidecar.modality,
                 "sidecar": sidecar.digest,
+                **{
+                    fact: key
+                    for fact, key in (
+                        ("scanner_key", sidecar.scanner_key),
+                        ("site_key", sidecar.site_key),
+                    )
+                    if key
+                },
                 "flags": sorted(flags),
             },
         )

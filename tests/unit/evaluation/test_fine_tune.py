@@ -13,7 +13,7 @@ from torch import Tensor
 from medssl.evaluation.protocols import fine_tune
 from medssl.evaluation.protocols.base import Cell, Setting
 from medssl.evaluation.protocols.fine_tune import Config, FineTune, predict
-from medssl.pipelines.transfer import Evaluation
+from medssl.pipelines.cells import Evaluation
 from medssl.training.settings import TrainingConfig
 from training import tiny_backbone
 

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from medssl.evaluation.features import CaseFeatures
 from medssl.evaluation.protocols.base import Prediction, Setting
 from medssl.evaluation.protocols.linear_probe import Config, LinearProbe, _Probe, fit_logistic
-from medssl.pipelines.transfer import Evaluation
+from medssl.pipelines.cells import Evaluation
 
 
 def many_classes() -> tuple[np.ndarray, np.ndarray]:
@@ -93,10 +93,14 @@ def test_a_feature_that_never_changes_does_no_harm():
 # --------------------------------------------------------------------- choices, on a real setting
 
 
+KEPT = (0, 3, 9000)
+"""Under what a setting keeps features: the backbone's seed, and the probe's two limits."""
+
+
 def setting_with(evaluation: Evaluation, task: str, features: dict[str, CaseFeatures]) -> Setting:
     """Return the setting of one task whose backbone gave the features given."""
     setting = evaluation.setting(task, "random")
-    setting._features = dict.fromkeys(range(3), features)
+    setting._features = {(seed, *KEPT[1:]): features for seed in range(3)}
     return setting
 
 
@@ -142,7 +146,7 @@ def separable(setting: Setting) -> dict[str, CaseFeatures]:
 
 def test_the_layer_is_chosen_on_validation_patients(evaluation: Evaluation):
     setting = evaluation.setting("classification", "random")
-    setting._features[0] = separable(setting)
+    setting._features[KEPT] = separable(setting)
     assert chosen(probe(evaluation, setting, "classification")) == {"right on validation"}
 
 
@@ -150,7 +154,7 @@ def test_the_strength_is_chosen_on_validation_patients(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ):
     setting = evaluation.setting("classification", "random")
-    setting._features[0] = {
+    setting._features[KEPT] = {
         key: CaseFeatures(key, {"only": torch.tensor([2 * target - 1])}, None)
         for key, (target,) in setting.task.targets.items()
     }
@@ -176,17 +180,17 @@ def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: E
         after = probe(evaluation, again, "classification")
     finally:
         task.targets = kept
-    assert [p.target for p in after] == [1 - p.target for p in before]
-    assert [replace(p, target=0.0) for p in after] == [replace(p, target=0.0) for p in before]
+    assert [p.target for p in after] == [(1 - p.target[0],) for p in before]
+    assert [replace(p, target=()) for p in after] == [replace(p, target=()) for p in before]
 
 
 def test_other_masks_of_test_scans_change_no_choice(evaluation: Evaluation):
     setting = evaluation.setting("segmentation", "random")
     before = probe(evaluation, setting, "segmentation")
     for key in setting.scans_of(setting.splits.test):
-        case = setting._features[0][key]
+        case = setting._features[KEPT][key]
         assert case.masks is not None
-        setting._features[0][key] = replace(case, masks=case.masks.flip(1))
+        setting._features[KEPT][key] = replace(case, masks=case.masks.flip(1))
     after = probe(evaluation, setting, "segmentation")
     assert chosen(after) == chosen(before)
     assert [p.scores for p in after] != [p.scores for p in before]

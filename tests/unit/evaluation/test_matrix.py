@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,23 @@ import pytest
 from medssl.errors import DataError
 from medssl.evaluation.matrix import (
     PREDICTION_COLUMNS,
+    CellNotes,
+    Outcome,
+    attempt,
     build_cells,
     cell_path,
     collect,
+    comparable,
+    in_turn,
+    read_notes,
     run_cells,
     unfinished,
     write_cell,
 )
 from medssl.evaluation.protocols.base import Cell, Prediction
-from medssl.pipelines.transfer import Evaluation
+from medssl.executors.local import Config as LocalConfig
+from medssl.executors.local import LocalExecutor
+from medssl.pipelines.cells import Evaluation
 
 
 def cells(**changes: Any) -> list[Cell]:
@@ -43,25 +54,28 @@ def finish(cell: Cell, folder: Path) -> None:
     pd.DataFrame(row).to_parquet(cell_path(folder, cell))
 
 
-def run(every: list[Cell], folder: Path, stop_after: int | None = None) -> tuple[list, list, list]:
-    """Run cells; return (cells run, settings asked for, progress)."""
+HERE = LocalExecutor(LocalConfig(num_workers=0))
+
+
+def run(
+    every: list[Cell], folder: Path, stop_after: int | None = None, failing: Collection[Cell] = ()
+) -> tuple[list[Cell], list[Outcome], list[tuple[int, int, str]]]:
+    """Run cells in this process; return (cells that ended, those that failed, progress)."""
     ran: list[Cell] = []
-    asked: list[tuple[str, str]] = []
     told: list[tuple[int, int, str]] = []
 
-    def run_cell(cell: Cell, setting: Any) -> None:
-        assert setting == (cell.task, cell.init)
+    def run_cell(cell: Cell) -> None:
         if len(ran) == stop_after:
             raise KeyboardInterrupt
+        if cell in failing:
+            raise ZeroDivisionError("/home/somebody")
         finish(cell, folder)
-        ran.append(cell)
 
-    def setting_of(task: str, init: str) -> Any:
-        asked.append((task, init))
-        return task, init
-
-    run_cells(every, folder, setting_of, run_cell, lambda *told_now: told.append(told_now))
-    return ran, asked, told
+    failed = run_cells(
+        every, folder, partial(attempt, run_cell), HERE,
+        lambda outcome: ran.append(outcome.cell), lambda *now: told.append(now),
+    )  # fmt: skip
+    return ran, failed, told
 
 
 def test_there_is_a_cell_for_every_combination_with_its_share_of_labels():
@@ -85,13 +99,55 @@ def test_a_cells_key_is_its_files_name(tmp_path: Path):
     assert cell_path(tmp_path, cell) == tmp_path / "class-random-fine_tune-n2-s1.parquet"
 
 
-def test_what_cells_share_is_asked_for_once_a_task_and_init(tmp_path: Path):
-    ran, asked, told = run(cells(), tmp_path)
+def test_progress_is_told_after_every_cell(tmp_path: Path):
+    ran, failed, told = run(cells(), tmp_path)
+    assert (ran, failed) == (cells(), [])
+    assert told[:2] == [(0, 32, ""), (1, 32, cells()[0].key)]
+    assert told[-1] == (32, 32, cells()[-1].key)
+
+
+def test_the_first_cells_that_compute_features_come_before_those_that_reuse_them():
+    turns = in_turn(cells(), lambda cell: (cell.task, cell.init))
+    assert sorted(turns) == cells()
+    assert len({(cell.task, cell.init) for cell in turns[:4]}) == 4
+    assert turns[4:] == [cell for cell in cells() if cell not in turns[:4]]
+
+
+def test_a_cell_that_fails_costs_no_other_its_result(tmp_path: Path):
+    bad = cells()[5]
+    ran, failed, told = run(cells(), tmp_path, failing=[bad])
+    assert [outcome.cell for outcome in failed] == [bad]
     assert ran == cells()
-    assert len(asked) == len(set(asked)) == 4
-    assert told[0] == (0, 32, "")
-    assert told[1] == (0, 32, cells()[0].key)
-    assert told[-1] == (32, 32, "")
+    assert told[-1][:2] == (32, 32)
+    assert unfinished(tmp_path, cells()) == [bad]
+    assert run(cells(), tmp_path)[:2] == ([bad], [])  # the next start runs it alone
+
+
+def test_a_failed_cell_is_told_by_kind_and_place_without_what_the_library_said(tmp_path: Path):
+    (outcome,) = run(cells(), tmp_path, failing=cells()[:1])[1]
+    assert outcome.problem.startswith("ZeroDivisionError")
+    assert "somebody" not in outcome.problem
+
+
+def test_an_error_of_ours_is_told_in_its_own_words():
+    def fail(cell: Cell) -> None:
+        raise DataError(f"cell {cell.seed} is empty.")
+
+    assert attempt(fail, cells()[0]).problem == "cell 0 is empty."
+
+
+def test_what_can_be_compared_leaves_out_whole_combinations(tmp_path: Path):
+    bad = cells()[5]
+    run(cells(), tmp_path, failing=[bad])
+    kept = comparable(cells(), tmp_path)
+    twin = next(c for c in cells() if c.init != bad.init and c == replace(bad, init=c.init))
+    assert set(cells()) - set(kept) == {bad, twin}
+
+
+def test_an_init_that_failed_everywhere_costs_the_others_nothing(tmp_path: Path):
+    lost = [cell for cell in cells() if cell.init == "random"]
+    run(cells(), tmp_path, failing=lost)
+    assert comparable(cells(), tmp_path) == [c for c in cells() if c.init == "imagenet"]
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path):
@@ -136,7 +192,11 @@ def test_a_cells_file_holds_a_row_a_prediction(evaluation: Evaluation, tmp_path:
     cell = Cell("classification", "random", "fine_tune", 2, 0.4, 0)
     keys = setting.scans_of(setting.splits.test)
     predictions = [Prediction("", True, key, (1.0,), (0.25, 0.75)) for key in keys]
-    write_cell(tmp_path, cell, predictions, setting, pretext="rotation", backbone="monai")
+    notes = CellNotes([(0, {"val/score": 0.5})], {"source": "random"}, "random", 1.5)
+    write_cell(
+        tmp_path, cell, predictions, setting, pretext="rotation", backbone="monai", notes=notes
+    )
+    assert read_notes(tmp_path, cell) == notes
     table = collect(tmp_path, [cell])
     assert tuple(table.columns) == PREDICTION_COLUMNS
     assert list(table["scan_key"]) == keys
@@ -144,4 +204,5 @@ def test_a_cells_file_holds_a_row_a_prediction(evaluation: Evaluation, tmp_path:
     assert list(table["scores"][0]) == [0.25, 0.75]
     first = table.iloc[0]
     assert (first["pretext"], first["backbone"]) == ("rotation", "monai")
+    assert (first["target"], list(first["targets"])) == (1.0, [1.0])
     assert (first["task_kind"], first["num_labelled_patients"]) == ("classification", 2)

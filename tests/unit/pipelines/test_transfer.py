@@ -8,12 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from evaluations import make_evaluation
-from medssl.evaluation.matrix import unfinished
+from medssl.errors import MachineError
+from medssl.evaluation.matrix import Outcome, in_turn, unfinished
+from medssl.executors.local import Config as LocalConfig
+from medssl.pipelines.cells import CellWork, Evaluation, run_name
 from medssl.pipelines.run_folder import RunFolder
-from medssl.pipelines.transfer import Evaluation, evaluate
+from medssl.pipelines.transfer import FAILURES_FILE, evaluate, raise_failures
 from medssl.reports.contents import read_contents
 from medssl.reports.facts import init_rows
 from medssl.tracking.base import Tracker, TrackingConfig
@@ -32,20 +36,20 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     place = tmp_path_factory.mktemp("transfer")
     table["table"] = str(place / "archive" / "labels.csv")
     (probe,) = [item for item in whole["protocols"] if item["name"] == "linear_probe"]
-    return make_evaluation(place, tasks=[table], protocols=[probe])
+    matrix = whole["matrix"] | {"executor": {"name": "local", "num_workers": 0}}
+    return make_evaluation(place, tasks=[table], protocols=[probe], matrix=matrix)
 
 
-def start(evaluation: Evaluation, out: Path, kill_before: int | None = None) -> None:
-    """Run the matrix as a new process would; dies before the cell of that number."""
-    fresh = dataclasses.replace(evaluation, reports={})
+def start(evaluation: Evaluation, out: Path, kill_after: int | None = None) -> list[Outcome]:
+    """Run the matrix as a new process would; dies after so many cells."""
 
     def progress(stage: str, done: int, total: int, note: str = "") -> None:
-        if done == kill_before and note:
+        if done == kill_after and note:
             raise Killed
 
     with Tracker(out, TrackingConfig(mlflow=False)) as tracker, tracker.run("transfer") as handle:
-        folder = RunFolder(out, fresh.section, "medssl transfer")
-        evaluate(fresh, out, tracker, handle, folder, progress)
+        folder = RunFolder(out, evaluation.section, "medssl transfer")
+        return evaluate(evaluation, out, tracker, handle, folder, progress)
 
 
 def noted(out: Path) -> dict[str, Any]:
@@ -56,13 +60,14 @@ def noted(out: Path) -> dict[str, Any]:
 def test_a_killed_run_keeps_what_was_loaded_for_the_cells_it_finished(
     evaluation, tmp_path, finished
 ):
-    cells = evaluation.cells()
+    cells = in_turn(evaluation.cells(), evaluation.shared)
     with pytest.raises(Killed):
-        start(evaluation, tmp_path, kill_before=finished)
+        start(evaluation, tmp_path, kill_after=finished)
     assert len(unfinished(tmp_path / "cells", cells)) == len(cells) - finished
     assert set(noted(tmp_path)) == {cell.init for cell in cells[:finished]}
     start(evaluation, tmp_path)
     assert set(noted(tmp_path)) == {cell.init for cell in cells} == {"random", "other"}
+    assert not (tmp_path / "features").exists()
     shown = {row["init"]: row["source"] for row in init_rows(read_contents(tmp_path))}
     assert shown == {"random": "random", "other": "random"}
 
@@ -78,3 +83,87 @@ def test_the_facts_of_a_run_say_what_did_not_fit_between_labels_and_scans(evalua
     found = facts["labels"]["classification"]
     assert (found["given"], found["labelled"]) == (10, 10)
     assert found["mismatches"]["rows_without_scan"]["count"] == 2
+
+
+def test_features_are_computed_once_however_often_a_run_is_killed(evaluation, tmp_path):
+    with pytest.raises(Killed):
+        start(evaluation, tmp_path, kill_after=1)
+    before = {path.name: path.stat().st_mtime_ns for path in kept_features(tmp_path)}
+    assert before
+    with pytest.raises(Killed):
+        start(evaluation, tmp_path, kill_after=3)
+    after = {path.name: path.stat().st_mtime_ns for path in kept_features(tmp_path)}
+    assert after.items() >= before.items()
+
+
+def kept_features(out: Path) -> list[Path]:
+    return sorted((out / "features").glob("*.safetensors"))
+
+
+def test_a_damaged_file_of_features_is_computed_anew(evaluation, tmp_path):
+    with pytest.raises(Killed):
+        start(evaluation, tmp_path / "damaged", kill_after=1)
+    for path in kept_features(tmp_path / "damaged"):
+        path.write_bytes(path.read_bytes()[:-40])
+    for name in ("damaged", "whole"):
+        start(evaluation, tmp_path / name)
+    assert_same_predictions(tmp_path / "damaged", tmp_path / "whole")
+
+
+def assert_same_predictions(first: Path, second: Path) -> None:
+    tables = [pd.read_parquet(out / "predictions.parquet") for out in (first, second)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_worker_processes_give_the_same_predictions(evaluation, tmp_path):
+    start(evaluation, tmp_path / "here")
+    matrix = evaluation.section.matrix.model_copy(update={"executor": LocalConfig(num_workers=2)})
+    section = evaluation.section.model_copy(update={"matrix": matrix})
+    start(dataclasses.replace(evaluation, section=section), tmp_path / "workers")
+    assert_same_predictions(tmp_path / "here", tmp_path / "workers")
+
+
+def test_a_cell_that_failed_is_listed_and_runs_again_at_the_next_start(
+    evaluation, tmp_path, monkeypatch
+):
+    bad = next(cell for cell in evaluation.cells() if cell.init == "other")
+    run_one = CellWork._run
+
+    def fail(self: CellWork, cell: Any) -> None:
+        if cell == bad:
+            raise ZeroDivisionError
+        run_one(self, cell)
+
+    monkeypatch.setattr(CellWork, "_run", fail)
+    (failed,) = start(evaluation, tmp_path)
+    assert failed.cell == bad
+    listed = pd.read_csv(tmp_path / FAILURES_FILE)
+    assert list(listed["init"]) == ["other"]
+    assert (
+        len(pd.read_parquet(tmp_path / "predictions.parquet")["num_labelled_patients"].unique())
+        == 1
+    )
+    told = rf"1 of 4 cells failed .* {bad.key}: ZeroDivisionError"
+    with pytest.raises(MachineError, match=told):
+        raise_failures([failed], 4)
+    monkeypatch.undo()
+    assert start(evaluation, tmp_path) == []
+    assert not (tmp_path / FAILURES_FILE).exists()
+    assert (
+        len(pd.read_parquet(tmp_path / "predictions.parquet")["num_labelled_patients"].unique())
+        == 2
+    )
+
+
+def test_a_finished_cell_that_the_journal_lacks_is_told_to_it_later(evaluation, tmp_path):
+    start(evaluation, tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    last = evaluation.cells()[-1]
+    lines = [line for line in journal.read_text().splitlines(True) if run_name(last) not in line]
+    journal.write_text("".join(lines))
+    start(evaluation, tmp_path)
+    told = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    (end,) = [
+        record for record in told if (record["run"], record["kind"]) == (run_name(last), "end")
+    ]
+    assert end["status"] == "FINISHED"

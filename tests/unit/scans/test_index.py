@@ -39,7 +39,7 @@ def test_table_has_the_columns_that_others_build_on(folder, tmp_path):
     assert list(index.table.columns) == INDEX_SCHEMA.names == [
         "scan_key", "patient_key", "study_key", "series_key", "format", "modality", "status",
         "reason", "dims", "shape", "spacing_mm", "orientation", "affine", "intensity",
-        "num_files", "flags", "digest", "num_channels",
+        "num_files", "flags", "digest", "num_channels", "scanner_key", "site_key",
     ]  # fmt: skip
 
 
@@ -339,3 +339,27 @@ def test_pattern_overrules_what_dicom_files_say(tmp_path):
     rule = PatientsConfig(pattern=r"(sub-[^/]+)")
     index = index_scans(tmp_path / "scans", tmp_path / "index", patients=rule)
     assert len(index.accepted) == 1
+
+
+def test_scans_of_one_scanner_and_site_share_keys_whatever_their_format(tmp_path):
+    folder = tmp_path / "scans"
+    volume = linear_volume((6, 5, 4), rotation_affine())
+    says = {"Manufacturer": "Acme Medical", "ManufacturerModelName": "One"}
+    write_dicom_series(
+        volume, rotation_affine(), folder / "a", extra={**says, "InstitutionName": "St. Elsewhere"}
+    )
+    write_dicom_series(volume + 1, rotation_affine(), folder / "b", number=2)
+    write_nifti(folder / "c.nii.gz", seed=1)
+    beside = {
+        "Manufacturer": "ACME  medical", "ManufacturersModelName": "one",
+        "InstitutionName": "St. Elsewhere",
+    }  # fmt: skip
+    (folder / "c.json").write_text(json.dumps(beside))
+    write_nifti(folder / "d.nii.gz", seed=2)
+    index = index_scans(folder, tmp_path / "index")
+    scanners, sites = (index.accepted[name] for name in ("scanner_key", "site_key"))
+    assert sorted((scanners != "").groupby(index.accepted["format"]).sum()) >= [1, 1]
+    told = [(a, b) for a, b in zip(scanners, sites, strict=True) if b]
+    assert len(told) == 2
+    assert len(set(told)) == 1
+    assert "Elsewhere" not in index.table.to_csv()
