@@ -9,7 +9,8 @@ the inits, and answers for the same test scans.
 - ``size``: the extent of the scan and the volume of what is body in it.
 - ``acquisition``: modality, spacing, matrix, channels and flags of the index.
 - ``intensity`` (of each voxel): the class that is most frequent at its intensity.
-- ``position`` (of each voxel): the class that is most frequent at its place in the scan's box.
+- ``position`` (of each voxel): the class that is most frequent at its place in the scan's box. Of
+  landmarks: where they lie in the training scans, as a part of the box.
 
 Regressions are scikit-learn's, of standardised features, with the strength that is best on
 validation patients.
@@ -17,6 +18,7 @@ validation patients.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,7 @@ from torch.nn import functional
 
 from medssl.downstream.base import DownstreamTask
 from medssl.evaluation.protocols.base import Cell, Prediction, Setting
+from medssl.scans.points import voxel_of
 
 Array = npt.NDArray[Any]
 Fitted = Callable[[Array], Array]
@@ -67,6 +70,8 @@ class Baselines:
         """Return every baseline's predictions for the test scans, from a cell's labelled scans."""
         setting = self._setting
         train, test = setting.labelled_scans(cell), setting.scans_of(setting.splits.test)
+        if self._task.dense and self._task.answer == "numbers":
+            return self._points(train, test)
         if self._task.dense:
             return self._dense(train, test)
         val = setting.scans_of(setting.splits.val)
@@ -89,6 +94,29 @@ class Baselines:
         fits = [_fit(self._task, train, targets, strength) for strength in _STRENGTHS]
         best = max(fits, key=lambda fit: self._setting.score(val, list(fit(of_val))))
         return best(of_test)
+
+    def _points(self, train: Sequence[str], test: Sequence[str]) -> dict[str, list[Prediction]]:
+        """Guess each landmark where it lies in the training scans, as a part of their extent."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # no training scan has it: nan
+            guess = np.nanmean([self._places(key)[0] for key in train], axis=0)
+        predictions = []
+        for key in test:
+            places, extent_mm = self._places(key)
+            # Without any idea, the middle; what a test scan lacks stays nan.
+            apart = (np.nan_to_num(guess, nan=0.5) - places) * extent_mm
+            errors = tuple(np.linalg.norm(apart, axis=1).tolist())
+            predictions.append(Prediction("", True, key, self._task.targets[key], errors))
+        return {POSITION: predictions}
+
+    def _places(self, key: str) -> tuple[Array, Array]:
+        """Return a scan's landmarks (K, dims) as parts of its extent, and its extent in mm."""
+        entry = self._setting.store.entry(key)
+        dims = len(entry.shape)
+        points = np.reshape(self._task.targets[key], (-1, 3))
+        voxels = np.array([voxel_of((x, y, z), entry.affine)[:dims] for x, y, z in points])
+        extent = np.array(entry.shape, dtype=np.float64)
+        return voxels / extent, extent * np.array(entry.spacing_mm)
 
     def _dense(self, train: Sequence[str], test: Sequence[str]) -> dict[str, list[Prediction]]:
         num_classes = self._task.num_outputs

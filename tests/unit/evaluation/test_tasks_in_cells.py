@@ -7,13 +7,16 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from evaluations import make_evaluation
+from medssl.evaluation.baselines import Baselines
 from medssl.evaluation.metrics import METRICS
 from medssl.evaluation.protocols import PROTOCOLS
 from medssl.pipelines.gallery import _task_with_masks
 from medssl.pipelines.transfer import Evaluation
+from medssl.scans.points import voxel_of
 from samples import PATIENT_ID
 
 PATIENTS = [f"{PATIENT_ID}-{number}" for number in range(10)]
@@ -82,6 +85,24 @@ def test_a_cell_predicts_every_test_scan(where, task, num_scores, request):
     assert math.isfinite(value)
     if task == "regression":
         assert value < 40  # in years; an answer in units of the deviation would be far off
+
+
+def test_landmarks_have_a_baseline_that_looks_at_no_image(solid):
+    setting = solid.setting("landmarks", "random")
+    cell = next(c for c in solid.cells() if c.task == "landmarks" and c.label_fraction == 1)
+    (predictions,) = Baselines(setting, pd.DataFrame()).run(cell).values()
+    assert [p.scan_key for p in predictions] == setting.scans_of(setting.splits.test)
+    train = setting.labelled_scans(cell)
+    for prediction in predictions:
+        entry = setting.store.entry(prediction.scan_key)
+        shares = [
+            voxel_of(tuple(point), setting.store.entry(key).affine) / setting.store.entry(key).shape
+            for key in train
+            for point in np.reshape(setting.task.targets[key], (-1, 3))[:1]
+        ]
+        guess = np.array(entry.affine) @ [*(np.mean(shares, axis=0) * entry.shape), 1]
+        wanted = np.linalg.norm(guess[:3] - prediction.target[:3])
+        assert prediction.scores[0] == pytest.approx(wanted)
 
 
 def test_a_gallery_is_of_regions_and_passes_over_points(solid):
