@@ -125,6 +125,16 @@ class Models:
         return rows @ self.coordinates + self.bias[:, None]
 
 
+def space_of(rows: Tensor) -> Space:
+    """Return the space in which fits to rows (m, D), float64, cost least."""
+    return RowSpace(rows @ rows.T) if len(rows) < rows.shape[1] else FeatureSpace(rows)
+
+
+def weights_of(models: Models, space: Space, rows: Tensor) -> Tensor:
+    """Return the weights (P, D, K) of models of a space of rows (m, D)."""
+    return rows.T @ models.coordinates if isinstance(space, RowSpace) else models.coordinates
+
+
 def fit_logistic(
     space: Space,
     targets: Tensor,
@@ -234,7 +244,7 @@ class _Logistic(Problems):
     def answers(self, vectors: Tensor) -> Tensor:
         weights, bias = self._split(vectors)
         columns = weights.unflatten(1, (-1, self._outputs)).transpose(0, 1).flatten(1)
-        answers = self._space.answers(columns).unflatten(1, (-1, self._outputs))
+        answers: Tensor = self._space.answers(columns).unflatten(1, (-1, self._outputs))
         return answers.transpose(0, 1) + bias[:, None]
 
     def gradient(self, vectors: Tensor, answers: Tensor) -> Tensor:
@@ -267,8 +277,8 @@ class _Logistic(Problems):
 
     def _penalty(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the penalties' bilinear form of vectors (P, L), (P,)."""
-        both = (self._split(vectors[:, None])[0] for vectors in (left, right))
-        return self._penalties * self._space.products(*both, self._outputs)[:, 0, 0]
+        weights, others = (self._split(vectors[:, None])[0] for vectors in (left, right))
+        return self._penalties * self._space.products(weights, others, self._outputs)[:, 0, 0]
 
     def _split(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return the part of the weights and the bias of vectors (…, L)."""

@@ -17,6 +17,7 @@ from medssl.downstream.base import DownstreamTask
 from medssl.errors import ConfigError, LabelError, LeakageError
 from medssl.evaluation.matrix import build_cells, collect, run_cells, write_cell
 from medssl.evaluation.protocols import PROTOCOLS
+from medssl.evaluation.protocols import base as protocols_base
 from medssl.evaluation.protocols.base import Cell, Setting
 from medssl.models.backbones import BACKBONES
 from medssl.models.backbones.base import Backbone
@@ -74,6 +75,41 @@ class EvaluationSection(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"a protocol is given twice ({names})")
         return self
+
+    @model_validator(mode="after")
+    def _protocols_suit_the_tasks(self) -> EvaluationSection:
+        for task in self.tasks:
+            for protocol in self.protocols:
+                why = PROTOCOLS.load(protocol.name).refusal(DOWNSTREAM_TASKS.load(task.name))
+                if why:
+                    raise ValueError(
+                        f"protocol {protocol.name} does not suit task {task.name}: {why}. "
+                        "Leave one of them out, or give the task a study of its own"
+                    )
+        return self
+
+    def cells(
+        self, tasks: Iterable[str], inits: Iterable[str], num_train_patients: int
+    ) -> list[Cell]:
+        """Return the cells of the matrix, in the order in which they run."""
+        names = [protocol.name for protocol in self.protocols]
+        return build_cells(
+            tasks=list(tasks),
+            inits=list(inits),
+            protocols=names,
+            labelled_patients=self.matrix.numbers(num_train_patients),
+            num_train_patients=num_train_patients,
+            seeds=self.matrix.seeds,
+            once=[name for name in names if not PROTOCOLS.load(name).uses_label_fractions],
+        )
+
+    def budgets(self) -> dict[str, str]:
+        """Return what one cell of each protocol costs, in words."""
+        return {
+            protocol.name: protocol.budget()
+            for protocol in self.protocols
+            if isinstance(protocol, protocols_base.ProtocolConfig)
+        }
 
 
 class TransferConfig(EvaluationSection):
@@ -140,14 +176,7 @@ class Evaluation:
 
     def cells(self) -> list[Cell]:
         """Return the cells of the matrix, in the order in which they run."""
-        return build_cells(
-            tasks=list(self.tasks),
-            inits=list(self.inits),
-            protocols=[protocol.name for protocol in self.section.protocols],
-            labelled_patients=self.section.matrix.numbers(len(self.splits.train)),
-            num_train_patients=len(self.splits.train),
-            seeds=self.section.matrix.seeds,
-        )
+        return self.section.cells(self.tasks, self.inits, len(self.splits.train))
 
     def metrics(self) -> dict[str, str]:
         """Return the primary metric of each task."""
@@ -244,8 +273,8 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         "protocols": [protocol.name for protocol in config.protocols],
         "labelled_patients": list(numbers),
         "seeds": list(config.matrix.seeds),
-        "cells": len(config.inits) * len(tasks) * len(config.protocols) * len(numbers)
-        * len(config.matrix.seeds),
+        "budgets": config.budgets(),
+        "cells": len(config.cells(tasks, config.inits, len(splits.train))),
         "device": str(select_device(config.device)),
     }  # fmt: skip
 

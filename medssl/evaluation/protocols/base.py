@@ -7,12 +7,13 @@ same batches and the same budget. Nothing but the backbone's starting weights di
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from medssl.config import ComponentConfig
 from medssl.downstream.base import DownstreamTask
@@ -25,8 +26,29 @@ from medssl.transforms.cases import CaseReader
 from medssl.transforms.sampling import SampleRequest
 
 
+T = TypeVar("T")
+
+
 class ProtocolConfig(ComponentConfig):
     """Base of the configurations of protocols."""
+
+    def budget(self) -> str:
+        """Return in a few words what one cell costs, the same for every init; for plans."""
+        return "features once a backbone"
+
+
+class FrozenConfig(ProtocolConfig):
+    """Base of the configurations of protocols that look at frozen features.
+
+    Features are computed once for all protocols that agree on these two.
+
+    Attributes:
+        max_slices: slices of a 3D scan that a 2D backbone looks at, evenly spaced.
+        max_features: numbers that a stage is pooled to where the task is not dense.
+    """
+
+    max_slices: int = Field(default=12, gt=0)
+    max_features: int = Field(default=9000, gt=0)
 
 
 @dataclass(frozen=True, order=True)
@@ -65,6 +87,8 @@ class Prediction:
         scan_key: the test scan.
         target: what is known of it, as in `DownstreamTask.targets`.
         scores: class probabilities, or Dice of each foreground class.
+        num_labelled_patients, seed: where they are not the cell's: in protocols that choose the
+            labelled patients themselves.
     """
 
     layer: str
@@ -72,6 +96,8 @@ class Prediction:
     scan_key: str
     target: tuple[float, ...]
     scores: tuple[float, ...]
+    num_labelled_patients: int | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -99,7 +125,18 @@ class Setting:
     seed: int
     device: torch.device
     seeded_init: bool
-    _features: dict[int, dict[str, CaseFeatures]] = field(default_factory=dict, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what cells have in common: made by the first that asks for it."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
+
+    def backbone_seed(self, cell: Cell) -> int:
+        """Return what the backbone of a cell depends on: cells with the same one share it."""
+        return cell.seed if self.seeded_init else 0
 
     def scans_of(self, patients: Iterable[str]) -> list[str]:
         """Return the labelled, prepared scans of some patients, sorted."""
@@ -131,17 +168,20 @@ class Setting:
 
     def features(self, cell: Cell, max_slices: int, max_features: int) -> dict[str, CaseFeatures]:
         """Return the features of all labelled scans: computed once a backbone, then kept."""
-        backbone_seed = cell.seed if self.seeded_init else 0
-        if backbone_seed not in self._features:
+        seed = self.backbone_seed(cell)
+
+        def extract() -> dict[str, CaseFeatures]:
             patients = [*self.splits.train, *self.splits.val, *self.splits.test]
-            self._features[backbone_seed] = extract_features(
-                self.new_backbone(backbone_seed).to(self.device),
+            return extract_features(
+                self.new_backbone(seed).to(self.device),
                 self.cases(self.scans_of(patients), max_slices),
                 device=self.device,
                 dense=self.task.dense,
                 max_features=max_features,
             )
-        return self._features[backbone_seed]
+
+        pooled = () if self.task.dense else (max_features,)
+        return self.once(("features", seed, max_slices, *pooled), extract)
 
     def targets(self, scan_keys: Sequence[str]) -> Array:
         """Return what is known of some scans, float64: (N,) where it is one number, else (N, T)."""
@@ -160,10 +200,21 @@ class Protocol(ABC):
 
     Args:
         config: the member's own ``Config``.
+
+    Attributes:
+        uses_label_fractions: whether a cell's number of labelled patients matters. Where it does
+            not, the protocol runs once an init and task, with all of them and the first seed.
     """
+
+    uses_label_fractions: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config: Any = config
+
+    @classmethod
+    def refusal(cls, task: type[DownstreamTask]) -> str | None:
+        """Return why the protocol makes no sense for a kind of task; None where it does."""
+        return None
 
     @abstractmethod
     def run(
