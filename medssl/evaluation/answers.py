@@ -21,7 +21,7 @@ def fit(
     targets: Tensor,
     num_outputs: int,
     strengths: Sequence[float],
-    max_steps: int,
+    max_steps: int = 1000,
 ) -> Models:
     """Fit one model a strength to what is known of the rows.
 

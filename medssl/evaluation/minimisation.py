@@ -21,6 +21,9 @@ _LINE_STEPS = 20
 _LINE_SHARE = 0.5
 """A line search is done when the slope has fallen to this share (the strong Wolfe condition)."""
 
+_ROUNDING = 2.0**-52
+"""A step that promises to lower the loss by less is lost in the rounding of the loss."""
+
 _LARGEST_GROWTH = 10.0
 """A line search may go this many times further than before."""
 
@@ -72,12 +75,13 @@ class Minimum:
 
 
 def minimise(problems: Problems, *, max_steps: int, tolerance: float) -> Minimum:
-    """Minimise all problems.
+    """Minimise all problems; losses are near 1, or less.
 
     Args:
         problems: what to minimise.
         max_steps: after which problems are left where they are.
-        tolerance: share of its first norm to which a problem's gradient must fall.
+        tolerance: share of its first norm to which a problem's gradient must fall, unless no step
+            can be told from rounding before.
     """
     vectors = problems.start()
     answers = problems.answers(vectors)
@@ -87,18 +91,21 @@ def minimise(problems: Problems, *, max_steps: int, tolerance: float) -> Minimum
     found = vectors.clone()
     open_ones = torch.arange(len(vectors), device=vectors.device)
     for step in range(max_steps + 1):
-        pending = _norm(problems, gradient) > limit
+        direction = history.direction(gradient)
+        slope = _product(problems, gradient, direction)
+        pending = (_norm(problems, gradient) > limit) & (-slope > _ROUNDING)
         if not bool(pending.all()):
             found[open_ones] = vectors
             open_ones, limit = open_ones[pending], limit[pending]
-            vectors, answers, gradient = (part[pending] for part in (vectors, answers, gradient))
+            vectors, answers = vectors[pending], answers[pending]
+            gradient, direction, slope = (part[pending] for part in (gradient, direction, slope))
             problems = problems.only(pending)
             history.keep(problems, pending)
         if step == max_steps or not len(open_ones):
             break
-        direction = history.direction(gradient)
         answers_along = problems.answers(direction)
-        share = _search(problems.line((vectors, answers), (direction, answers_along)))
+        line = problems.line((vectors, answers), (direction, answers_along))
+        share = _search(line, slope, is_scaled=step > 0)
         change = share[:, None] * direction
         vectors = vectors + change
         answers = answers + share.reshape(-1, *[1] * (answers.ndim - 1)) * answers_along
@@ -170,12 +177,19 @@ class _History:
         return -step + torch.einsum("ph,phl->pl", (scale * solved)[:, back, 0], gradients)
 
 
-def _search(line: Line) -> Tensor:
-    """Return how far to go along a line, (P,), by Newton's method between safe bounds."""
-    slope, curvature = line(torch.zeros(()))
+def _search(line: Line, slope: Tensor, *, is_scaled: bool) -> Tensor:
+    """Return how far to go along a line, (P,), by Newton's method between safe bounds.
+
+    Args:
+        line: derivatives.
+        slope: at the beginning, (P,), below 0.
+        is_scaled: whether the direction knows its length, so that 1 is the place to begin with.
+    """
     wanted = _LINE_SHARE * slope.abs()
     tiny = torch.finfo(slope.dtype).tiny
-    place = -slope / curvature.clamp(min=tiny)
+    place = torch.ones_like(slope)
+    if not is_scaled:
+        place = -slope / line(torch.zeros_like(slope))[1].clamp(min=tiny)
     low, high = torch.zeros_like(place), torch.full_like(place, math.inf)
     for _ in range(_LINE_STEPS):
         slope, curvature = line(place)

@@ -21,16 +21,18 @@ ClassWeights = Literal["none", "sqrt", "balanced"]
 """All positions count alike; or by one over the (root of the) number of their class."""
 
 
-STRENGTHS = tuple(10.0**power for power in range(-5, 5))
-"""Ten L2 penalties: for standardised features, of which there may be 64 or 9,000."""
+STRENGTHS = tuple(10.0**power for power in range(-7, 3))
+"""Ten L2 penalties, as shares of the number of features."""
 
 
 class ProbeConfig(FrozenConfig):
     """What configures the linear probe, dense or not.
 
     Attributes:
-        strengths: L2 penalties tried: scikit-learn's ``1 / C`` over the number of rows, and
-            ridge's ``alpha`` over it.
+        strengths: L2 penalties tried, as shares of the number of features, which the squared length
+            of a standardised row is: so one grid suits layers of 64 and of 9,000 numbers. In
+            scikit-learn's terms ``1 / (C * rows * features)``, for ridge ``alpha / (rows *
+            features)``.
         max_rows: positions that one dense regression is fitted to.
         class_weights: how much the classes of a dense task count.
         max_steps: steps of L-BFGS.
@@ -95,7 +97,7 @@ def _fit(
     models = fit_logistic(
         space,
         columns[:, 1:] if num_classes == 2 else columns,
-        config.strengths,
+        [strength * rows.shape[1] for strength in config.strengths],
         weights=_weights(classes, num_classes, config.class_weights).expand(
             len(config.strengths), -1
         ),

@@ -77,7 +77,7 @@ class LinearProbe(Protocol):
             task.answer,
             tables.targets(rows),
             task.num_outputs,
-            config.strengths,
+            [strength * table.rows.shape[1] for strength in config.strengths],
             config.max_steps,
         )
         val = scores_of(task.answer, models.answers(table.inputs(tables.val, rows)))

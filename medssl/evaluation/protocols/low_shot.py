@@ -35,14 +35,14 @@ class Config(FrozenConfig):
         scans_per_class: labelled scans of each class, one number after the other; those above the
             patients of the rarest class are left out.
         num_samples: how often scans are drawn.
-        strength: the L2 penalty, as in the linear probe.
+        strength: the L2 penalty, as a share of the number of features like the linear probe's.
         max_steps: steps of L-BFGS.
     """
 
     name: Literal["low_shot"] = "low_shot"
     scans_per_class: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32, 64, 96), min_length=1)
     num_samples: int = Field(default=5, gt=0)
-    strength: float = Field(default=1.0, gt=0)
+    strength: float = Field(default=1e-3, gt=0)
     max_steps: int = Field(default=1000, gt=0)
 
     @field_validator("scans_per_class")
@@ -117,7 +117,7 @@ class LowShot(Protocol):
             task.answer,
             tables.targets(rows),
             task.num_outputs,
-            [self.config.strength],
+            [self.config.strength * table.rows.shape[1]],
             self.config.max_steps,
         )
         val, test = (

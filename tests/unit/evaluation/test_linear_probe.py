@@ -123,7 +123,7 @@ def test_predictions_are_those_of_scikit_learn_with_the_strength_of_least_loss(
     evaluation: Evaluation,
 ):
     setting = evaluation.setting("classification", "random")
-    config = Config(strengths=(1e-2, 1e-1, 1.0), max_slices=3)
+    config = Config(strengths=(1e-4, 1e-3, 1e-2), max_slices=3)
     found = probe(evaluation, setting, "classification", config)
     features = setting.features(cell_of(evaluation, "classification"), 3, 9000)
     sides = {
@@ -138,7 +138,7 @@ def test_predictions_are_those_of_scikit_learn_with_the_strength_of_least_loss(
         rows = {side: scaler.transform(part) for side, part in rows.items()}
         classes = {side: setting.targets(keys) for side, keys in sides.items()}
         fits = [
-            LogisticRegression(C=1 / (strength * len(rows["train"])), tol=1e-9, max_iter=9999).fit(
+            LogisticRegression(C=1 / (strength * rows["train"].size), tol=1e-9, max_iter=9999).fit(
                 rows["train"], classes["train"]
             )
             for strength in config.strengths
