@@ -2,15 +2,15 @@
 
     make bench PYTEST_ARGS="-k probe_grid -s"
 
-Both get the same float32 features, standardised over all training rows, the same subsets, strengths
-and threads. scikit-learn's loop (LogisticRegression, lbfgs, BLAS on all threads) would take long: it
-is timed on some strengths of one layer and one seed at every fraction, and the rest of that fraction
-is taken to cost the same. What it would cost is told twice: with all seeds, and with the full
-fraction solved once, as all seeds share its rows (medssl knows that).
+Both get the same float32 features, standardised over all training rows, the same subsets,
+strengths and threads. scikit-learn's loop (LogisticRegression, lbfgs, BLAS on all threads) would
+take long: it is timed on some strengths of one layer and one seed at every fraction, and the rest
+of that fraction is taken to cost the same. What it would cost is told twice: with all seeds, and
+with the full fraction solved once, as all seeds share its rows (medssl knows that).
 
-Its own tolerance, 1e-4, leaves the weakest strengths unfinished: their areas under the curve are off
-by up to 0.01. So it is timed as it comes (in float32), and as precisely as it takes for equal areas
-(1e-6, float64); the areas of the latter are compared fit by fit.
+Its own tolerance, 1e-4, leaves the weakest strengths unfinished: their areas under the curve are
+off by up to 0.01. So it is timed as it comes (in float32), and as precisely as it takes for equal
+areas (1e-6, float64); the areas of the latter are compared fit by fit.
 
 A smaller grid, by environment variables: MEDSSL_PROBE_ROWS, MEDSSL_PROBE_FEATURES,
 MEDSSL_PROBE_LAYERS, MEDSSL_PROBE_SEEDS.
@@ -68,7 +68,7 @@ def subset(fraction: float, seed: int) -> list[int]:
 
 
 def solve_layer(rows: Tensor, classes: Tensor, spent: dict[float, float]) -> tuple[Areas, float]:
-    """Solve a layer's whole grid as the probe does; return seed 0's areas, and the set-up's time."""
+    """Solve a layer's grid as the probe does; return seed 0's areas and the time of the set-up."""
     begin = time.perf_counter()
     table = FeatureTable(rows, range(_ROWS), torch.device("cpu"))
     table.space([0])  # the products of all rows
@@ -151,7 +151,7 @@ def test_probe_grid(capsys: pytest.CaptureFixture[str]) -> None:
         every = {fraction: a_fit[fraction] * fits * _SEEDS for fraction in _FRACTIONS}
         with capsys.disabled():
             print(
-                f"scikit-learn, {kind.__name__}, tolerance {tolerance:g}, {len(theirs)} fits timed: "
+                f"scikit-learn, {kind.__name__}, tolerance {tolerance:g}, {len(theirs)} fits: "
                 + ", ".join(f"{fraction:.0%} {a_fit[fraction]:.2f} s" for fraction in _FRACTIONS)
                 + f" a fit; area differs by {largest[tolerance]:.1e} at most"
             )

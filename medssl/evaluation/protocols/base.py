@@ -25,7 +25,6 @@ from medssl.scans.store import Store
 from medssl.transforms.cases import CaseReader
 from medssl.transforms.sampling import SampleRequest
 
-
 T = TypeVar("T")
 
 
@@ -212,7 +211,7 @@ class Protocol(ABC):
         self.config: Any = config
 
     @classmethod
-    def refusal(cls, task: type[DownstreamTask]) -> str | None:
+    def refusal(cls, task: type[DownstreamTask]) -> str | None:  # noqa: ARG003  (members read it)
         """Return why the protocol makes no sense for a kind of task; None where it does."""
         return None
 

@@ -13,7 +13,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from evaluations import Labels, give_features, with_task
-from medssl.errors import ConfigError
 from medssl.evaluation.features import CaseFeatures
 from medssl.evaluation.protocols import _dense_probe, linear_probe
 from medssl.evaluation.protocols.base import Cell, Prediction, Setting
