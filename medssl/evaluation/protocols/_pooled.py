@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +111,3 @@ def predictions_of(
         for layer, found in answered.items()
         for key, scores in zip(keys, found.scores.tolist(), strict=True)
     ]
-
-
-def array(scores: Tensor) -> np.ndarray:
-    """Return a tensor as an array of float64."""
-    return np.asarray(scores.double().cpu().numpy(), dtype=np.float64)

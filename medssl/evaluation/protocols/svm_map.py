@@ -104,7 +104,8 @@ class SvmMap(Protocol):
             for wanted in (rows, tables.val)
         )
         seed = derive_seed(setting.seed, "svm_map") % 2**31
-        scores, chosen = {"val": [], "test": []}, {}
+        scores: dict[str, list[Array]] = {"val": [], "test": []}
+        chosen: dict[str, float] = {}
         for label in range(known.shape[1]):
             machine = self._fit(unit[rows], known[:, label], patients, seed)
             chosen[f"cost_{label}"] = 0.0 if machine is None else machine.C
@@ -124,14 +125,14 @@ class SvmMap(Protocol):
         from sklearn.exceptions import ConvergenceWarning
 
         told = np.isfinite(labels)
-        rows, labels = rows[told], labels[told] > 0
-        if len(set(labels.tolist())) < 2:
+        rows, positive = rows[told], labels[told] > 0
+        if len(set(positive.tolist())) < 2:
             return None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             owners = np.asarray(patients)[told]
-            cost = self._cost(rows, labels, owners, seed)
-            machine = self._machine(cost, seed).fit(rows, labels)
+            cost = self._cost(rows, positive, owners, seed)
+            machine = self._machine(cost, seed).fit(rows, positive)
         missed = sum(issubclass(each.category, ConvergenceWarning) for each in caught)
         if missed:
             _log.warning(
