@@ -40,7 +40,7 @@ class ProbeConfig(FrozenConfig):
 
     strengths: tuple[float, ...] = Field(default=STRENGTHS, min_length=1)
     max_rows: int = Field(default=10_000, gt=0)
-    class_weights: ClassWeights = "none"
+    class_weights: ClassWeights = "balanced"
     max_steps: int = Field(default=1000, gt=0)
 
     @field_validator("strengths")

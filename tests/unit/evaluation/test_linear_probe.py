@@ -216,13 +216,11 @@ def test_rare_classes_of_voxels_can_count_more(evaluation: Evaluation, kind: Any
     )
     wanted = [4.0, 2.0, 1.0] if kind == "sqrt" else [1.0, 1.0, 1.0]
     assert counts.tolist() == pytest.approx(wanted)
-    config = configured(evaluation).model_copy(update={"class_weights": kind})
+    weighted = configured(evaluation).model_copy(update={"class_weights": kind})
+    plain = configured(evaluation).model_copy(update={"class_weights": "none"})
     setting = evaluation.setting("segmentation", "random")
-    plain, weighted = (
-        probe(evaluation, setting, "segmentation", each)
-        for each in (configured(evaluation), config)
-    )
-    assert [p.scores for p in plain] != [p.scores for p in weighted]
+    alike, unlike = (probe(evaluation, setting, "segmentation", each) for each in (plain, weighted))
+    assert [p.scores for p in alike] != [p.scores for p in unlike]
 
 
 def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: Evaluation):
