@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,26 @@ def build_cells(
     labelled_patients: Sequence[int],
     num_train_patients: int,
     seeds: Sequence[int],
+    once: Collection[str] = (),
 ) -> list[Cell]:
-    """Return every combination, in the order in which they run."""
+    """Return every combination, in the order in which they run.
+
+    Args:
+        tasks, inits, protocols: by name.
+        labelled_patients: numbers of them.
+        num_train_patients: of which those are parts.
+        seeds: of each combination.
+        once: protocols that choose the labelled patients themselves: they get one cell an init and
+            task, with all patients and the first seed.
+    """
+    every = [(number, seed) for number in labelled_patients for seed in seeds]
+    single = [(num_train_patients, min(seeds))]
     return sorted(
         Cell(task, init, protocol, number, number / num_train_patients, seed)
         for task in tasks
         for init in inits
         for protocol in protocols
-        for number in labelled_patients
-        for seed in seeds
+        for number, seed in (single if protocol in once else every)
     )
 
 
@@ -134,6 +145,12 @@ def prediction_rows(
     cell: Cell, predictions: Sequence[Prediction], setting: Setting, *, pretext: str, backbone: str
 ) -> list[dict[str, Any]]:
     """Return one row a prediction, with the columns of ``predictions.parquet``."""
+    labelled = [
+        (cell.label_fraction, cell.num_labelled_patients)
+        if (own := prediction.num_labelled_patients) is None
+        else (own / len(setting.splits.train), own)
+        for prediction in predictions
+    ]
     return [
         {
             "init": cell.init,
@@ -144,16 +161,16 @@ def prediction_rows(
             "protocol": cell.protocol,
             "layer": prediction.layer,
             "selected": prediction.selected,
-            "label_fraction": cell.label_fraction,
-            "num_labelled_patients": cell.num_labelled_patients,
-            "seed": cell.seed,
+            "label_fraction": fraction,
+            "num_labelled_patients": number,
+            "seed": cell.seed if prediction.seed is None else prediction.seed,
             "patient_key": setting.store.entry(prediction.scan_key).patient_key,
             "scan_key": prediction.scan_key,
             "target": prediction.target[0] if len(prediction.target) == 1 else math.nan,
             "targets": list(prediction.target),
             "scores": list(prediction.scores),
         }
-        for prediction in predictions
+        for prediction, (fraction, number) in zip(predictions, labelled, strict=True)
     ]
 
 

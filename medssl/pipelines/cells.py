@@ -19,7 +19,6 @@ from medssl.evaluation.matrix import (
     CellNotes,
     Outcome,
     attempt,
-    build_cells,
     read_notes,
     write_cell,
 )
@@ -66,14 +65,7 @@ class Evaluation:
 
     def cells(self) -> list[Cell]:
         """Return the cells of the matrix, in the order in which they run."""
-        return build_cells(
-            tasks=list(self.tasks),
-            inits=list(self.inits),
-            protocols=[protocol.name for protocol in self.section.protocols],
-            labelled_patients=self.section.matrix.numbers(len(self.splits.train)),
-            num_train_patients=len(self.splits.train),
-            seeds=self.section.matrix.seeds,
-        )
+        return self.section.cells(self.tasks, self.inits, len(self.splits.train))
 
     def metrics(self) -> dict[str, str]:
         """Return the primary metric of each task."""

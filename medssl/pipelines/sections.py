@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,9 @@ from medssl.executors import EXECUTORS
 from medssl.executors.local import Config as LocalConfig
 from medssl.executors.local import default_workers
 from medssl.transforms.requests import Plane, SampleRequest
+
+if TYPE_CHECKING:
+    from medssl.evaluation.protocols.base import Cell
 
 
 class SamplingConfig(Config):
@@ -211,3 +214,42 @@ class EvaluationSection(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"a protocol is given twice ({names})")
         return self
+
+    @model_validator(mode="after")
+    def _protocols_suit_the_tasks(self) -> EvaluationSection:
+        for task in self.tasks:
+            for protocol in self.protocols:
+                why = PROTOCOLS.load(protocol.name).refusal(DOWNSTREAM_TASKS.load(task.name))
+                if why:
+                    raise ValueError(
+                        f"protocol {protocol.name} does not suit task {task.name}: {why}. "
+                        "Leave one of them out, or give the task a study of its own"
+                    )
+        return self
+
+    def cells(
+        self, tasks: Iterable[str], inits: Iterable[str], num_train_patients: int
+    ) -> list[Cell]:
+        """Return the cells of the matrix, in the order in which they run."""
+        from medssl.evaluation.matrix import build_cells
+
+        names = [protocol.name for protocol in self.protocols]
+        return build_cells(
+            tasks=list(tasks),
+            inits=list(inits),
+            protocols=names,
+            labelled_patients=self.matrix.numbers(num_train_patients),
+            num_train_patients=num_train_patients,
+            seeds=self.matrix.seeds,
+            once=[name for name in names if not PROTOCOLS.load(name).uses_label_fractions],
+        )
+
+    def budgets(self) -> dict[str, str]:
+        """Return what one cell of each protocol costs, in words."""
+        from medssl.evaluation.protocols.base import ProtocolConfig as Budgeted
+
+        return {
+            protocol.name: protocol.budget()
+            for protocol in self.protocols
+            if isinstance(protocol, Budgeted)
+        }

@@ -240,6 +240,7 @@ def plan(config: StudyConfig, out: Path | None = None) -> dict[str, Any]:
             if init.pretext is not None and (section := config.section_of(init)) is not None
         },
         "protocols": [protocol.name for protocol in config.protocols],
+        "budgets": config.budgets(),
         "seeds": list(config.matrix.seeds),
     }
     for label in config.inits:
@@ -258,10 +259,7 @@ def plan(config: StudyConfig, out: Path | None = None) -> dict[str, Any]:
             "train": len(splits.train), "val": len(splits.val), "test": len(splits.test),
         }  # fmt: skip
         found["labelled_patients"] = list(numbers)
-        found["cells"] = (
-            len(config.inits) * len(tasks) * len(config.protocols) * len(numbers)
-            * len(config.matrix.seeds)
-        )  # fmt: skip
+        found["cells"] = len(config.cells(tasks, config.inits, len(splits.train)))
         found["store"] = prepare.estimate(index, config.preprocessing)
     return found
 

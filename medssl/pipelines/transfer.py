@@ -147,8 +147,8 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         "protocols": [protocol.name for protocol in config.protocols],
         "labelled_patients": list(numbers),
         "seeds": list(config.matrix.seeds),
-        "cells": len(config.inits) * len(tasks) * len(config.protocols) * len(numbers)
-        * len(config.matrix.seeds),
+        "budgets": config.budgets(),
+        "cells": len(config.cells(tasks, config.inits, len(splits.train))),
         "device": str(select_device(config.device)),
     }  # fmt: skip
 

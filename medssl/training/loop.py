@@ -59,6 +59,7 @@ class Calls:
         save: called at ``checkpoint_every``, after the last step, and before the training is left
             early; always with finite weights.
         bad_batches: receives the batches whose loss was not finite, before `DivergedError`.
+        enough: asked after each validation; true ends the training there. For one process alone.
         profile: folder of what `TrainingConfig.profile` asks for; None in all but one process.
     """
 
@@ -66,6 +67,7 @@ class Calls:
     validate: Callable[[int], dict[str, float]] | None = None
     save: Callable[[], object] | None = None
     bad_batches: Callable[[list[BadBatch]], object] | None = None
+    enough: Callable[[], bool] | None = None
     profile: Path | None = None
 
 
@@ -193,6 +195,9 @@ def _run(
             _save(state, calls)
         if stopping:
             raise interruption.error(stopping)
+        if validating and calls.enough is not None and calls.enough():
+            _save(state, calls)
+            return
 
 
 def _due(step: int, every: int) -> bool:

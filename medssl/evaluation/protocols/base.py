@@ -7,13 +7,14 @@ same batches and the same budget. Nothing but the backbone's starting weights di
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from medssl.config import ComponentConfig
 from medssl.downstream.base import DownstreamTask
@@ -32,12 +33,32 @@ from medssl.scans.store import Store
 from medssl.transforms.cases import CaseReader
 from medssl.transforms.sampling import SampleRequest
 
+T = TypeVar("T")
+
 _POOLED = "#pooled"
 """In a file's name, features that all tasks of one answer a scan share; no task is called so."""
 
 
 class ProtocolConfig(ComponentConfig):
     """Base of the configurations of protocols."""
+
+    def budget(self) -> str:
+        """Return in a few words what one cell costs, the same for every init; for plans."""
+        return "features once a backbone"
+
+
+class FrozenConfig(ProtocolConfig):
+    """Base of the configurations of protocols that look at frozen features.
+
+    Features are computed once for all protocols that agree on these two.
+
+    Attributes:
+        max_slices: slices of a 3D scan that a 2D backbone looks at, evenly spaced.
+        max_features: numbers that a stage is pooled to where the task is not dense.
+    """
+
+    max_slices: int = Field(default=12, gt=0)
+    max_features: int = Field(default=9000, gt=0)
 
 
 @dataclass(frozen=True, order=True)
@@ -76,6 +97,8 @@ class Prediction:
         scan_key: the test scan.
         target: what is known of it, as in `DownstreamTask.targets`.
         scores: class probabilities, or Dice of each foreground class.
+        num_labelled_patients, seed: where they are not the cell's: in protocols that choose the
+            labelled patients themselves.
     """
 
     layer: str
@@ -83,6 +106,8 @@ class Prediction:
     scan_key: str
     target: tuple[float, ...]
     scores: tuple[float, ...]
+    num_labelled_patients: int | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -121,15 +146,24 @@ class Setting:
     feature_folder: Path | None = None
     report: dict[str, Any] = field(default_factory=dict)
     report_text: str = ""
-    _features: dict[tuple[int, int, int], dict[str, CaseFeatures]] = field(
-        default_factory=dict, repr=False
-    )
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def new_backbone(self, seed: int) -> Backbone:
         """Return a fresh backbone with the init's weights, and note what was loaded."""
         backbone, report = self.make_backbone(seed)
         self.report, self.report_text = report.to_dict(), str(report)
         return backbone
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what cells have in common: made by the first that asks for it."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
+
+    def backbone_seed(self, cell: Cell) -> int:
+        """Return what the backbone of a cell depends on: cells with the same one share it."""
+        return cell.seed if self.seeded_init else 0
 
     def scans_of(self, patients: Iterable[str]) -> list[str]:
         """Return the labelled, prepared scans of some patients, sorted."""
@@ -161,11 +195,12 @@ class Setting:
 
     def features(self, cell: Cell, max_slices: int, max_features: int) -> dict[str, CaseFeatures]:
         """Return the features of all labelled scans: computed once a backbone, then kept."""
-        backbone_seed = cell.seed if self.seeded_init else 0
-        name = (backbone_seed, max_slices, max_features)
-        if name not in self._features:
-            self._features[name] = self._kept_features(backbone_seed, max_slices, max_features)
-        return self._features[name]
+        seed = self.backbone_seed(cell)
+        pooled = () if self.task.dense else (max_features,)
+        return self.once(
+            ("features", seed, max_slices, *pooled),
+            lambda: self._kept_features(seed, max_slices, max_features),
+        )
 
     def _kept_features(
         self, seed: int, max_slices: int, max_features: int
@@ -214,10 +249,21 @@ class Protocol(ABC):
 
     Args:
         config: the member's own ``Config``.
+
+    Attributes:
+        uses_label_fractions: whether a cell's number of labelled patients matters. Where it does
+            not, the protocol runs once an init and task, with all of them and the first seed.
     """
+
+    uses_label_fractions: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config: Any = config
+
+    @classmethod
+    def refusal(cls, task: type[DownstreamTask]) -> str | None:  # noqa: ARG003  (members read it)
+        """Return why the protocol makes no sense for a kind of task; None where it does."""
+        return None
 
     @abstractmethod
     def run(

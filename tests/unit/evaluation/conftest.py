@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaluations import make_evaluation
-from medssl.pipelines.transfer import Evaluation
+from medssl.pipelines.cells import Evaluation
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,15 @@ from training import tiny_backbone
 TASKS = ["classification", "segmentation"]
 
 
-def protocol(**training: Any) -> FineTune:
-    settings = {"steps": 4, "global_batch_size": 3, "log_every": 1, **training}
-    return FineTune(Config(training=TrainingConfig(**settings), validation_slices=2))
+def protocol(
+    learning_rates: tuple[float, ...] = (), patience: int | None = None, **training: Any
+) -> FineTune:
+    settings = TrainingConfig(**{"steps": 4, "global_batch_size": 3, "log_every": 1, **training})
+    return FineTune(
+        Config(
+            training=settings, validation_slices=2, learning_rates=learning_rates, patience=patience
+        )
+    )
 
 
 def cell_of(evaluation: Evaluation, task: str, init: str = "random", number: int = 2) -> Cell:
@@ -166,3 +172,106 @@ def test_a_prediction_is_made_without_dropping_or_updating_anything(evaluation: 
     first = predict(network, setting, keys, 3)
     assert first == predict(network, setting, keys, 3)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_the_same_rates_are_tried_for_every_init_from_the_same_start(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    tried: dict[str, list[tuple[float, Tensor, Any]]] = {}
+    for init in ("random", "other"):
+        setting = evaluation.setting("classification", init)
+        kept = tried.setdefault(init, [])
+
+        def remember(
+            state: Any, task: Any, sampler: Any, config: Any, kept: list[Any] = kept, **options: Any
+        ) -> None:
+            head = next(state.network.head.parameters()).detach().clone()
+            kept.append((config.learning_rate, head, (options["seed"], sampler.batch(0, 3))))
+
+        monkeypatch.setattr(fine_tune, "train", remember)
+        protocol((1e-3, 1e-2, 1e-4)).run(
+            cell_of(evaluation, "classification", init), setting, silent
+        )
+    assert [rate for rate, *_ in tried["random"]] == [1e-3, 1e-2, 1e-4]
+    assert [rate for rate, *_ in tried["other"]] == [1e-3, 1e-2, 1e-4]
+    every = [*tried["random"], *tried["other"]]
+    assert all(torch.equal(head, every[0][1]) for _, head, _ in every)
+    assert len({seed for *_, (seed, _) in every}) == 1
+    assert all(torch.equal(batch.images, every[0][2][1].images) for *_, (_, batch) in every)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.1, 0.9, 0.2, 0.3], 1), ([0.1, 0.2, 0.3, 0.9], 3), ([0.9] * 4, 0)]
+)
+def test_the_rate_is_chosen_on_validation_patients(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, scores: list[float], best: int
+):
+    setting = evaluation.setting("classification", "random")
+    scripted = Scripted(setting, [*scores, 0.5])
+    monkeypatch.setattr(fine_tune, "predict", scripted)
+    logged: list[tuple[int, dict[str, float]]] = []
+    protocol((1e-3, 1e-2), steps=2, validate_every=1).run(
+        cell_of(evaluation, "classification"), setting, lambda *told: logged.append(told)
+    )
+    *validations, test = scripted.weights
+    assert len(validations) == 4
+    assert torch.equal(test, validations[best])
+    rate = (1e-3, 1e-3, 1e-2, 1e-2)[best]
+    assert logged[-1][1]["best_learning_rate"] == rate
+    steps = [step for step, metrics in logged if "val/score" in metrics]
+    assert steps == [1, 2, 3, 4]  # of one journal
+
+
+@pytest.mark.parametrize(
+    ("scores", "made"),
+    [([0.9, 0.1, 0.1, 0.1, 0.1], 3), ([0.1, 0.9, 0.1, 0.95, 0.1], 5), ([0.1, 0.9, 0.9, 0.9], 4)],
+)
+def test_a_training_ends_when_validation_is_in_vain(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, scores: list[float], made: int
+):
+    setting = evaluation.setting("classification", "random")
+    # By this metric the scripted share of the right class is the score.
+    setting.score = lambda keys, found: found[0][target]  # type: ignore[method-assign]
+    target = int(setting.task.targets[setting.scans_of(setting.splits.val)[0]][0])
+    scripted = Scripted(setting, [*scores[:made], 0.5])
+    monkeypatch.setattr(fine_tune, "predict", scripted)
+    protocol(patience=2, steps=5, validate_every=1).run(
+        cell_of(evaluation, "classification"), setting, silent
+    )
+    assert len(scripted.weights) == made + 1
+
+
+def test_the_backbone_is_frozen_first_and_has_a_rate_of_its_own(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    setting = evaluation.setting("classification", "random")
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(network: Any, setting: Setting, keys: Any, max_slices: int | None) -> Any:
+        parts = (network.backbone, network.head)
+        seen.append(tuple(next(part.parameters()).detach().clone() for part in parts))
+        return [[0.5, 0.5] for _ in keys]
+
+    monkeypatch.setattr(fine_tune, "predict", look)
+    protocol(steps=4, validate_every=1, frozen_steps=2, backbone_scale=0.1).run(
+        cell_of(evaluation, "classification"), setting, silent
+    )
+    start = next(setting.new_backbone(0).parameters())
+    backbones, heads = zip(*seen[:4], strict=True)
+    assert [torch.equal(weights, start) for weights in backbones] == [True, True, False, False]
+    assert not torch.equal(heads[0], heads[1])
+    moved = (backbones[2] - start).abs().max()
+    assert 0 < moved <= 0.11 * (heads[2] - heads[1]).abs().max()
+
+
+def test_patience_needs_validations():
+    with pytest.raises(
+        ValueError, match="patience counts validations, and training.validate_every"
+    ):
+        protocol(patience=2)
+
+
+def test_the_budget_is_told():
+    assert protocol().config.budget() == "1 training of 4 steps"
+    several = protocol((1e-3, 1e-2), patience=2, validate_every=1)
+    assert several.config.budget() == "2 trainings of up to 4 steps"

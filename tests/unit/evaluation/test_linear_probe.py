@@ -1,117 +1,40 @@
-"""The linear probe: scikit-learn's regression, and choices made on validation patients alone."""
+"""The linear probe: what is chosen, on which patients, and that nothing is solved twice."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_breast_cancer, load_iris, make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from evaluations import Labels, give_features, with_task
 from medssl.evaluation.features import CaseFeatures
-from medssl.evaluation.protocols.base import Prediction, Setting
-from medssl.evaluation.protocols.linear_probe import Config, LinearProbe, _Probe, fit_logistic
+from medssl.evaluation.protocols import _dense_probe, linear_probe
+from medssl.evaluation.protocols.base import Cell, Prediction, Setting
+from medssl.evaluation.protocols.linear_probe import Config, LinearProbe
 from medssl.pipelines.cells import Evaluation
 
 
-def many_classes() -> tuple[np.ndarray, np.ndarray]:
-    rows, classes = make_classification(
-        n_samples=300, n_features=20, n_informative=8, n_classes=4, random_state=0
-    )
-    return rows, classes
+def cell_of(evaluation: Evaluation, task: str, number: int | None = None, seed: int = 0) -> Cell:
+    number = number or len(evaluation.splits.train)
+    fraction = number / len(evaluation.splits.train)
+    return Cell(task, "random", "linear_probe", number, fraction, seed)
 
 
-DATA = {
-    "iris, 3 classes": lambda: load_iris(return_X_y=True),
-    "tumours, 2 classes": lambda: load_breast_cancer(return_X_y=True),
-    "made up, 4 classes": many_classes,
-}
+def configured(evaluation: Evaluation) -> Config:
+    return next(p for p in evaluation.section.protocols if p.name == "linear_probe")
 
 
-@pytest.mark.parametrize("strength", [1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize("data", DATA.values(), ids=DATA.keys())
-def test_the_regression_is_scikit_learns(data: Any, strength: float):
-    rows, classes = data()
-    rows = StandardScaler().fit_transform(rows)
-    num_classes = int(classes.max()) + 1
-    # With two classes scikit-learn keeps one vector of weights for their difference.
-    share = 2 if num_classes == 2 else 1
-    theirs = LogisticRegression(C=share / (strength * len(rows)), tol=1e-8, max_iter=5000)
-    theirs.fit(rows, classes)
-
-    weight, bias = fit_logistic(
-        torch.tensor(rows), torch.tensor(classes), num_classes, strength, max_steps=500
-    )
-    coefficients, intercepts = weight.T.numpy(), bias.numpy()
-    if num_classes == 2:
-        coefficients = coefficients[1:] - coefficients[:1]
-        intercepts = intercepts[1:] - intercepts[:1]
-    else:  # a constant added to all intercepts changes nothing
-        intercepts = intercepts - intercepts.mean() + theirs.intercept_.mean()
-    np.testing.assert_allclose(coefficients, theirs.coef_, atol=1e-3)
-    np.testing.assert_allclose(intercepts, theirs.intercept_, atol=1e-3)
-    ours = (torch.tensor(rows) @ weight + bias).softmax(1).numpy()
-    np.testing.assert_allclose(ours, theirs.predict_proba(rows), atol=1e-3)
-
-
-@pytest.mark.parametrize("data", DATA.values(), ids=DATA.keys())
-def test_the_steps_of_the_default_config_are_enough(data: Any):
-    config = Config()
-    rows, classes = (torch.tensor(part) for part in data())
-    rows = (rows - rows.mean(0)) / rows.std(0)
-    for strength in config.strengths:
-        found, best = (
-            torch.softmax(rows @ w + b, 1)
-            for w, b in (
-                fit_logistic(rows, classes, 4, strength, steps)
-                for steps in (config.max_steps, 3000)
-            )
-        )
-        assert (found - best).abs().max() < 0.02
-
-
-def test_weights_apply_to_features_as_they_come():
-    rows, classes = (torch.tensor(part) for part in load_iris(return_X_y=True))
-    weight, bias = _Probe(rows, classes, 3).fit(0.01, 200)
-    standardised = StandardScaler().fit_transform(rows.numpy())
-    inner, offset = fit_logistic(torch.tensor(standardised), classes, 3, 0.01, 200)
-    wanted = torch.tensor(standardised) @ inner + offset
-    assert torch.allclose(rows @ weight.T + bias, wanted, atol=1e-6)
-
-
-def test_a_feature_that_never_changes_does_no_harm():
-    rows = torch.tensor([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
-    weight, bias = _Probe(rows, torch.tensor([0, 0, 1, 1]), 2).fit(0.01, 100)
-    assert weight.isfinite().all()
-    assert (rows @ weight.T + bias).argmax(1).tolist() == [0, 0, 1, 1]
-
-
-# --------------------------------------------------------------------- choices, on a real setting
-
-
-KEPT = (0, 3, 9000)
-"""Under what a setting keeps features: the backbone's seed, and the probe's two limits."""
-
-
-def setting_with(evaluation: Evaluation, task: str, features: dict[str, CaseFeatures]) -> Setting:
-    """Return the setting of one task whose backbone gave the features given."""
-    setting = evaluation.setting(task, "random")
-    setting._features = {(seed, *KEPT[1:]): features for seed in range(3)}
-    return setting
-
-
-def probe(evaluation: Evaluation, setting: Setting, task: str) -> list[Prediction]:
-    cell = next(
-        cell for cell in evaluation.cells()
-        if (cell.task, cell.init, cell.protocol) == (task, "random", "linear_probe")
-        and cell.label_fraction == 1
-    )  # fmt: skip
-    config = next(p for p in evaluation.section.protocols if p.name == "linear_probe")
-    return LinearProbe(config).run(cell, setting, lambda step, metrics: None)
+def probe(
+    evaluation: Evaluation, setting: Setting, task: str, config: Config | None = None
+) -> list[Prediction]:
+    config = config or configured(evaluation)
+    return LinearProbe(config).run(cell_of(evaluation, task), setting, lambda *_: None)
 
 
 def chosen(predictions: list[Prediction]) -> set[str]:
@@ -146,7 +69,7 @@ def separable(setting: Setting) -> dict[str, CaseFeatures]:
 
 def test_the_layer_is_chosen_on_validation_patients(evaluation: Evaluation):
     setting = evaluation.setting("classification", "random")
-    setting._features[KEPT] = separable(setting)
+    give_features(setting, configured(evaluation), separable(setting))
     assert chosen(probe(evaluation, setting, "classification")) == {"right on validation"}
 
 
@@ -154,18 +77,150 @@ def test_the_strength_is_chosen_on_validation_patients(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ):
     setting = evaluation.setting("classification", "random")
-    setting._features[KEPT] = {
+    features = {
         key: CaseFeatures(key, {"only": torch.tensor([2 * target - 1])}, None)
         for key, (target,) in setting.task.targets.items()
     }
+    config = configured(evaluation)
+    give_features(setting, config, features)
+    fit = linear_probe.fit
 
-    def fit(self: Any, strength: float, max_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        sign = 1.0 if strength == 0.1 else -1.0  # every other strength answers wrongly
-        return torch.tensor([[-sign], [sign]]), torch.zeros(2)
+    def only_the_weakest_is_right(*given: Any) -> Any:
+        models = fit(*given)
+        signs = torch.tensor([-1.0, 1.0])  # the strongest comes first
+        return replace(models, coordinates=models.coordinates * signs[:, None, None])
 
-    monkeypatch.setattr(_Probe, "fit", fit)
-    for prediction in probe(evaluation, setting, "classification"):
+    monkeypatch.setattr(linear_probe, "fit", only_the_weakest_is_right)
+    told: list[dict[str, float]] = []
+    predictions = LinearProbe(config).run(
+        cell_of(evaluation, "classification"), setting, lambda _, metrics: told.append(metrics)
+    )
+    for prediction in predictions:
         assert prediction.scores[int(prediction.target[0])] > 0.5
+    assert told == [{"val/score": 1.0, "strength": 0.001, "strength_at_end": 1.0}]
+
+
+def test_a_strength_at_the_end_of_the_grid_is_told(
+    evaluation: Evaluation, caplog: pytest.LogCaptureFixture
+):
+    setting = evaluation.setting("classification", "random")
+    config = configured(evaluation).model_copy(update={"strengths": (1e5, 1e4)})
+    with caplog.at_level(logging.INFO):
+        probe(evaluation, setting, "classification", config)
+    assert caplog.messages[0].endswith(
+        "is at the end of the grid. A wider grid (strengths) may do better."
+    )
+    assert caplog.messages[0].startswith("classification-random-linear_probe-n")
+
+
+def test_strengths_must_be_positive():
+    with pytest.raises(ValueError, match="strengths must be above 0"):
+        Config(strengths=(0.0, 1.0))
+
+
+def test_predictions_are_those_of_scikit_learn_with_the_strength_of_least_loss(
+    evaluation: Evaluation,
+):
+    setting = evaluation.setting("classification", "random")
+    config = Config(strengths=(1e-4, 1e-3, 1e-2), max_slices=3)
+    found = probe(evaluation, setting, "classification", config)
+    features = setting.features(cell_of(evaluation, "classification"), 3, 9000)
+    sides = {
+        side: setting.scans_of(getattr(setting.splits, side)) for side in ("train", "val", "test")
+    }
+    for layer in dict.fromkeys(prediction.layer for prediction in found):
+        rows = {
+            side: np.stack([features[key].layers[layer].numpy() for key in keys]).astype(float)
+            for side, keys in sides.items()
+        }
+        scaler = StandardScaler().fit(rows["train"])
+        rows = {side: scaler.transform(part) for side, part in rows.items()}
+        classes = {side: setting.targets(keys) for side, keys in sides.items()}
+        fits = [
+            LogisticRegression(C=1 / (strength * rows["train"].size), tol=1e-9, max_iter=9999).fit(
+                rows["train"], classes["train"]
+            )
+            for strength in config.strengths
+        ]
+        ranks = []
+        for one in fits:
+            shares = one.predict_proba(rows["val"])
+            loss = -np.log([share[int(c)] for share, c in zip(shares, classes["val"], strict=True)])
+            ranks.append((setting.score(sides["val"], shares), -loss.mean()))
+        best = fits[ranks.index(max(ranks))]
+        ours = [prediction.scores for prediction in found if prediction.layer == layer]
+        np.testing.assert_allclose(ours, best.predict_proba(rows["test"]), atol=1e-3)
+
+
+def test_seeds_that_share_all_labels_are_solved_once(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    setting = evaluation.setting("classification", "random")
+    setting.seeded_init = False
+    solved = []
+    fit = linear_probe.fit
+    monkeypatch.setattr(
+        linear_probe, "fit", lambda space, *rest: solved.append(space) or fit(space, *rest)
+    )
+    protocol = LinearProbe(configured(evaluation))
+    layers = len(setting.new_backbone(0).stages)
+    first, second = (
+        protocol.run(cell_of(evaluation, "classification", seed=seed), setting, lambda *_: None)
+        for seed in (0, 1)
+    )
+    assert first == second
+    assert len(solved) == layers
+    protocol.run(cell_of(evaluation, "classification", 3, seed=1), setting, lambda *_: None)
+    assert len(solved) == 2 * layers
+
+
+def test_labels_are_probed_one_by_one_and_unknown_ones_have_no_say(evaluation: Evaluation):
+    setting = evaluation.setting("classification", "random")
+    targets = {
+        key: (target, 1 - target, float("nan")) for key, (target,) in setting.task.targets.items()
+    }
+    unknown = setting.scans_of(setting.splits.train)[0]
+    told = with_task(setting, Labels("labels", targets))
+    single = with_task(setting, Labels("labels", {key: t[:1] for key, t in targets.items()}))
+    config = Config(strengths=(0.01,), max_slices=3)
+    three, one = (probe(evaluation, each, "classification", config) for each in (told, single))
+    for several, alone in zip(three, one, strict=True):
+        assert several.scores[0] == pytest.approx(alone.scores[0], abs=1e-4)
+        assert several.scores[0] + several.scores[1] == pytest.approx(1, abs=1e-4)
+        assert several.scores[2] == 0.5
+    lies = {key: ((float("nan"), *t[1:]) if key == unknown else t) for key, t in targets.items()}
+    other = probe(evaluation, with_task(setting, Labels("labels", lies)), "classification", config)
+    assert [p.scores[1] for p in other] == pytest.approx([p.scores[1] for p in three], abs=1e-5)
+
+
+def test_numbers_are_answered_by_a_ridge_regression(evaluation: Evaluation):
+    setting = evaluation.setting("classification", "random")
+    keys = setting.scans_of([*setting.splits.train, *setting.splits.val, *setting.splits.test])
+    targets = {key: (float(number),) for number, key in enumerate(keys)}
+    features = {
+        key: CaseFeatures(key, {"only": torch.tensor([target / 3 + 7, 0.0])}, None)
+        for key, (target,) in targets.items()
+    }
+    numbers = with_task(setting, Labels("numbers", targets))
+    config = Config(strengths=(1e-6, 1e-1))
+    give_features(numbers, config, features)
+    for prediction in probe(evaluation, numbers, "classification", config):
+        assert prediction.scores[0] == pytest.approx(prediction.target[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "balanced"])
+def test_rare_classes_of_voxels_can_count_more(evaluation: Evaluation, kind: Any):
+    classes = torch.tensor([0] * 16 + [1] * 4 + [2])
+    counts = torch.stack(
+        [_dense_probe._weights(classes, 3, kind)[classes == c].sum() for c in range(3)]
+    )
+    wanted = [4.0, 2.0, 1.0] if kind == "sqrt" else [1.0, 1.0, 1.0]
+    assert counts.tolist() == pytest.approx(wanted)
+    weighted = configured(evaluation).model_copy(update={"class_weights": kind})
+    plain = configured(evaluation).model_copy(update={"class_weights": "none"})
+    setting = evaluation.setting("segmentation", "random")
+    alike, unlike = (probe(evaluation, setting, "segmentation", each) for each in (plain, weighted))
+    assert [p.scores for p in alike] != [p.scores for p in unlike]
 
 
 def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: Evaluation):
@@ -187,10 +242,10 @@ def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: E
 def test_other_masks_of_test_scans_change_no_choice(evaluation: Evaluation):
     setting = evaluation.setting("segmentation", "random")
     before = probe(evaluation, setting, "segmentation")
+    features = setting.features(cell_of(evaluation, "segmentation"), 3, 9000)
     for key in setting.scans_of(setting.splits.test):
-        case = setting._features[KEPT][key]
-        assert case.masks is not None
-        setting._features[KEPT][key] = replace(case, masks=case.masks.flip(1))
+        assert features[key].masks is not None
+        features[key] = replace(features[key], masks=features[key].masks.flip(1))
     after = probe(evaluation, setting, "segmentation")
     assert chosen(after) == chosen(before)
     assert [p.scores for p in after] != [p.scores for p in before]

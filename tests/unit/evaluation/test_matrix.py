@@ -84,6 +84,13 @@ def test_there_is_a_cell_for_every_combination_with_its_share_of_labels():
     assert {(c.num_labelled_patients, c.label_fraction) for c in found} == {(2, 0.2), (10, 1.0)}
 
 
+def test_a_protocol_that_chooses_its_labels_itself_runs_once_an_init_and_task():
+    found = cells(protocols=["low_shot", "fine_tune"], once=["low_shot"])
+    assert len(found) == 4 + 2**4
+    assert {(c.num_labelled_patients, c.label_fraction, c.seed) for c in found
+            if c.protocol == "low_shot"} == {(10, 1.0, 0)}  # fmt: skip
+
+
 def test_the_order_does_not_depend_on_the_order_in_the_config():
     assert cells() == cells(tasks=["class", "lesion"], seeds=(0, 1), labelled_patients=(2, 10))
     assert cells() == sorted(cells())
@@ -206,3 +213,16 @@ def test_a_cells_file_holds_a_row_a_prediction(evaluation: Evaluation, tmp_path:
     assert (first["pretext"], first["backbone"]) == ("rotation", "monai")
     assert (first["target"], list(first["targets"])) == (1.0, [1.0])
     assert (first["task_kind"], first["num_labelled_patients"]) == ("classification", 2)
+
+
+def test_a_prediction_may_know_its_labels_and_seed_better_than_its_cell(
+    evaluation: Evaluation, tmp_path: Path
+):
+    setting = evaluation.setting("classification", "random")
+    cell = Cell("classification", "random", "low_shot", 5, 1.0, 0)
+    key = setting.scans_of(setting.splits.test)[0]
+    own = Prediction("", True, key, (1.0,), (0.25, 0.75), num_labelled_patients=2, seed=4)
+    write_cell(tmp_path, cell, [own], setting, pretext="", backbone="monai")
+    first = collect(tmp_path, [cell]).iloc[0]
+    assert (first["num_labelled_patients"], first["seed"]) == (2, 4)
+    assert first["label_fraction"] == 2 / len(setting.splits.train)

@@ -14,8 +14,8 @@ from evaluations import make_evaluation
 from medssl.evaluation.baselines import Baselines
 from medssl.evaluation.metrics import METRICS
 from medssl.evaluation.protocols import PROTOCOLS
+from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.gallery import _task_with_masks
-from medssl.pipelines.transfer import Evaluation
 from medssl.scans.points import voxel_of
 from samples import PATIENT_ID
 

@@ -12,11 +12,14 @@ import pandas as pd
 import pytest
 
 from evaluations import make_evaluation
-from medssl.errors import MachineError
+from medssl.config import validate_config
+from medssl.errors import ConfigError, MachineError
 from medssl.evaluation.matrix import Outcome, in_turn, unfinished
+from medssl.evaluation.protocols import PROTOCOLS
 from medssl.executors.local import Config as LocalConfig
 from medssl.pipelines.cells import CellWork, Evaluation, run_name
 from medssl.pipelines.run_folder import RunFolder
+from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import FAILURES_FILE, evaluate, raise_failures
 from medssl.reports.contents import read_contents
 from medssl.reports.facts import init_rows
@@ -167,3 +170,38 @@ def test_the_facts_of_a_run_say_what_did_not_fit_between_labels_and_scans(evalua
     found = facts["labels"]["classification"]
     assert (found["given"], found["labelled"]) == (10, 10)
     assert found["mismatches"]["rows_without_scan"]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "why"),
+    [
+        ("knn", "it compares whole scans, and this task asks about voxels"),
+        ("svm_map", "it separates whole scans, and this task asks about voxels"),
+        ("low_shot", "it counts labelled scans a class, and this task gives a scan no class"),
+    ],
+)
+def test_a_protocol_that_does_not_suit_a_task_is_refused_with_the_config(protocol: str, why: str):
+    content = settings(Path("unused"), protocols=[protocol])
+    with pytest.raises(ConfigError) as refused:
+        validate_config(content, StudyConfig)
+    assert (
+        f"protocol {protocol} does not suit task segmentation: {why}. Leave one of them out, or "
+        "give the task a study of its own"
+    ) in str(refused.value)
+
+
+def test_every_protocol_suits_a_classification_and_tells_its_budget():
+    content = settings(Path("unused"), protocols=[*PROTOCOLS.names()])
+    (content["tasks"],) = [[task] for task in content["tasks"] if task["name"] == "classification"]
+    budgets = validate_config(content, StudyConfig).budgets()
+    assert budgets.keys() == {"fine_tune", "knn", "linear_probe", "low_shot", "svm_map"}
+    assert budgets["fine_tune"] == "1 training of 300 steps"
+    assert budgets["low_shot"] == "once an init: 5 draws x 8 sizes"
+
+
+def test_cells_of_a_protocol_without_label_fractions_are_one_an_init(evaluation: Evaluation):
+    section = evaluation.section.model_copy(
+        update={"protocols": (PROTOCOLS.config_class("low_shot")(),)}
+    )
+    cells = dataclasses.replace(evaluation, section=section).cells()
+    assert [(cell.init, cell.label_fraction) for cell in cells] == [("other", 1), ("random", 1)]
