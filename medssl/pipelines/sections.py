@@ -207,7 +207,7 @@ class EvaluationSection(Config):
 
     @model_validator(mode="after")
     def _labels_are_different(self) -> EvaluationSection:
-        labels = [getattr(task, "label", None) or task.name for task in self.tasks]
+        labels = [_label(task) for task in self.tasks]
         if len(set(labels)) != len(labels):
             raise ValueError(f"two tasks are called the same ({labels}); give them a label each")
         names = [protocol.name for protocol in self.protocols]
@@ -217,15 +217,35 @@ class EvaluationSection(Config):
 
     @model_validator(mode="after")
     def _protocols_suit_the_tasks(self) -> EvaluationSection:
-        for task in self.tasks:
-            for protocol in self.protocols:
-                why = PROTOCOLS.load(protocol.name).refusal(DOWNSTREAM_TASKS.load(task.name))
-                if why:
+        unfit = self.unfit()
+        for kind, every, place in (
+            ("task", [_label(task) for task in self.tasks], 0),
+            ("protocol", [protocol.name for protocol in self.protocols], 1),
+        ):
+            others = len(self.protocols) if place == 0 else len(self.tasks)
+            for name in every:
+                reasons = {pair: why for pair, why in unfit.items() if pair[place] == name}
+                if len(reasons) == others:
+                    told = "; ".join(
+                        f"{protocol} for {task}: {why}" for (task, protocol), why in reasons.items()
+                    )
                     raise ValueError(
-                        f"protocol {protocol.name} does not suit task {task.name}: {why}. "
-                        "Leave one of them out, or give the task a study of its own"
+                        f"{kind} {name} can be paired with nothing here ({told}). Leave it out, "
+                        "or add what suits it"
                     )
         return self
+
+    def unfit(self) -> dict[tuple[str, str], str]:
+        """Return the pairs of task and protocol that make no sense together, and why.
+
+        The matrix leaves them out.
+        """
+        return {
+            (_label(task), protocol.name): why
+            for task in self.tasks
+            for protocol in self.protocols
+            if (why := PROTOCOLS.load(protocol.name).refusal(DOWNSTREAM_TASKS.load(task.name)))
+        }
 
     def cells(
         self, tasks: Iterable[str], inits: Iterable[str], num_train_patients: int
@@ -234,7 +254,8 @@ class EvaluationSection(Config):
         from medssl.evaluation.matrix import build_cells
 
         names = [protocol.name for protocol in self.protocols]
-        return build_cells(
+        unfit = self.unfit()
+        every = build_cells(
             tasks=list(tasks),
             inits=list(inits),
             protocols=names,
@@ -243,6 +264,7 @@ class EvaluationSection(Config):
             seeds=self.matrix.seeds,
             once=[name for name in names if not PROTOCOLS.load(name).uses_label_fractions],
         )
+        return [cell for cell in every if (cell.task, cell.protocol) not in unfit]
 
     def budgets(self) -> dict[str, str]:
         """Return what one cell of each protocol costs, in words."""
@@ -253,3 +275,8 @@ class EvaluationSection(Config):
             for protocol in self.protocols
             if isinstance(protocol, Budgeted)
         }
+
+
+def _label(task: ComponentConfig) -> str:
+    """Return what a task is called in tables."""
+    return str(getattr(task, "label", None) or task.name)

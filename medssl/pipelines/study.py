@@ -241,6 +241,7 @@ def plan(config: StudyConfig, out: Path | None = None) -> dict[str, Any]:
         },
         "protocols": [protocol.name for protocol in config.protocols],
         "budgets": config.budgets(),
+        "left_out": {f"{p} for {t}": why for (t, p), why in config.unfit().items()},
         "seeds": list(config.matrix.seeds),
     }
     for label in config.inits:

@@ -148,6 +148,7 @@ def plan(config: TransferConfig) -> dict[str, Any]:
         "labelled_patients": list(numbers),
         "seeds": list(config.matrix.seeds),
         "budgets": config.budgets(),
+        "left_out": {f"{p} for {t}": why for (t, p), why in config.unfit().items()},
         "cells": len(config.cells(tasks, config.inits, len(splits.train))),
         "device": str(select_device(config.device)),
     }  # fmt: skip

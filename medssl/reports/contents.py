@@ -64,6 +64,7 @@ class Contents:
     labels_saved: pd.DataFrame = field(default_factory=pd.DataFrame)
     learning_curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     power: pd.DataFrame = field(default_factory=pd.DataFrame)
+    baselines: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def reference(self) -> str:
@@ -129,6 +130,7 @@ def read_contents(folder: Path) -> Contents:
         labels_saved=_with_names(_table(folder / "labels_saved.csv"), names),
         learning_curves=_with_names(_table(folder / "learning_curves.csv"), names),
         power=_with_names(_table(folder / "power.csv"), names),
+        baselines=_with_names(_table(folder / "baselines.csv"), names),
     )
 
 

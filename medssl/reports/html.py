@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
+from medssl.reports.baselines import baseline_blocks, baseline_warnings
 from medssl.reports.contents import Contents, read_contents
 from medssl.reports.facts import (
     data_rows,
@@ -47,7 +48,7 @@ def build_report(run_folder: Path) -> Path:
     """Write ``report.html`` and ``figures/*.png`` from the run folder's own files.
 
     Reads ``config.yaml, predictions.parquet, results.csv, comparisons.csv, labels_saved.csv,
-    learning_curves.csv, power.csv, journal.jsonl, provenance.json, data.json,
+    learning_curves.csv, power.csv, baselines.csv, journal.jsonl, provenance.json, data.json,
     checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what is missing is left out.
 
     Returns:
@@ -92,7 +93,8 @@ def _words(contents: Contents) -> dict[str, Any]:
         "reference": init_name(contents.reference),
         "confidence": f"{contents.confidence * 100:g} %",
         "synthetic": bool(contents.data.get("synthetic")),
-        "warnings": warnings_of(contents),
+        "warnings": [*warnings_of(contents), *baseline_warnings(contents)],
+        "baselines": baseline_blocks(contents),
         "verdicts": [
             {
                 "task": task,

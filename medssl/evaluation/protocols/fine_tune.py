@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from medssl.downstream.base import DownstreamTask
 from medssl.evaluation.protocols.base import Cell, Prediction, Protocol, ProtocolConfig, Setting
 from medssl.randomness import derive_seed
 from medssl.training.loop import Calls, start_state, train
@@ -89,11 +90,13 @@ class FineTune(Protocol):
         setting: Setting,
         log: Callable[[int, dict[str, float]], None],
     ) -> list[Prediction]:
+        labelled = setting.labelled_scans(cell)
+        task = setting.task.for_training(labelled)
         val_scans = setting.scans_of(setting.splits.val)
         best = _Best()
         steps_before = 0
         for recipe in self.config.recipes():
-            state = self._start(cell, setting, recipe)
+            state = self._start(cell, setting, task, recipe)
             watch = _Watch(best, recipe.learning_rate, self.config.patience)
 
             def logged(step: int, metrics: dict[str, float], before: int = steps_before) -> None:
@@ -105,7 +108,23 @@ class FineTune(Protocol):
                 scores = predict(network, setting, val_scans, self.config.validation_slices)
                 return {"score": watch.see(setting.score(val_scans, scores), network)}
 
-            self._train(cell, setting, recipe, state, Calls(logged, validate, enough=watch.enough))
+            sampler = CropSampler(
+                setting.store,
+                labelled,
+                task.request(setting.request),
+                seed=derive_seed(setting.seed, "fine_tune", cell.seed),
+                purpose="fine_tune",
+            )
+            train(
+                state,
+                task,
+                sampler,
+                recipe,
+                seed=sampler.seed,
+                device=setting.device,
+                augmentation=self.config.augmentation,
+                calls=Calls(logged, validate, enough=watch.enough),
+            )
             steps_before += state.step
         if best.weights is not None:
             state.result.load_state_dict(best.weights)
@@ -117,41 +136,13 @@ class FineTune(Protocol):
             for key, values in zip(test_scans, scores, strict=True)
         ]
 
-    def _start(self, cell: Cell, setting: Setting, recipe: TrainingConfig) -> TrainingState:
+    def _start(
+        self, cell: Cell, setting: Setting, task: DownstreamTask, recipe: TrainingConfig
+    ) -> TrainingState:
         """Return the init's backbone with the cell's head, the same one for every init."""
         backbone = setting.new_backbone(cell.seed)
-        task = setting.task.for_training(setting.labelled_scans(cell))
         network = build_network(backbone, task, derive_seed(setting.seed, "head", cell.seed))
         return start_state(network, recipe, setting.device)
-
-    def _train(
-        self,
-        cell: Cell,
-        setting: Setting,
-        recipe: TrainingConfig,
-        state: TrainingState,
-        calls: Calls,
-    ) -> None:
-        seed = derive_seed(setting.seed, "fine_tune", cell.seed)
-        labelled = setting.labelled_scans(cell)
-        task = setting.task.for_training(labelled)
-        sampler = CropSampler(
-            setting.store,
-            labelled,
-            task.request(setting.request),
-            seed=seed,
-            purpose="fine_tune",
-        )
-        train(
-            state,
-            task,
-            sampler,
-            recipe,
-            seed=seed,
-            device=setting.device,
-            augmentation=self.config.augmentation,
-            calls=calls,
-        )
 
 
 @dataclass

@@ -185,9 +185,18 @@ def test_a_protocol_that_does_not_suit_a_task_is_refused_with_the_config(protoco
     with pytest.raises(ConfigError) as refused:
         validate_config(content, StudyConfig)
     assert (
-        f"protocol {protocol} does not suit task segmentation: {why}. Leave one of them out, or "
-        "give the task a study of its own"
+        f"task segmentation can be paired with nothing here ({protocol} for segmentation: {why}). "
+        "Leave it out, or add what suits it"
     ) in str(refused.value)
+
+
+def test_a_pair_of_task_and_protocol_that_makes_no_sense_is_left_out_of_the_matrix():
+    config = validate_config(settings(Path("unused"), protocols=["knn", "fine_tune"]), StudyConfig)
+    cells = config.cells(["segmentation", "classification"], ["random"], 10)
+    assert {(cell.task, cell.protocol) for cell in cells} == {
+        ("segmentation", "fine_tune"), ("classification", "fine_tune"), ("classification", "knn"),
+    }  # fmt: skip
+    assert config.unfit().keys() == {("segmentation", "knn")}
 
 
 def test_every_protocol_suits_a_classification_and_tells_its_budget():

@@ -208,3 +208,10 @@ def test_building_a_report_imports_neither_torch_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_baseline_that_no_init_beats_is_warned_of(reported_run: Path):
+    page = (reported_run / "report.html").read_text(encoding="utf-8")
+    assert "hippocampus: no init is shown to be better than the place in the scan" in page
+    assert "no init is shown to be better than the intensity" not in page
+    assert "Ahead by" in page
