@@ -16,9 +16,12 @@ from medssl.config import validate_config
 from medssl.errors import ConfigError, MachineError
 from medssl.evaluation.matrix import Outcome, in_turn, unfinished
 from medssl.evaluation.protocols import PROTOCOLS
+from medssl.evaluation.statistics.families import NO_DIFFERENCE, NOT_WORSE
 from medssl.executors.local import Config as LocalConfig
 from medssl.pipelines.cells import CellWork, Evaluation, run_name
+from medssl.pipelines.compare import tabulate
 from medssl.pipelines.run_folder import RunFolder
+from medssl.pipelines.sections import StatisticsConfig
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import FAILURES_FILE, evaluate, raise_failures
 from medssl.reports.contents import read_contents
@@ -214,3 +217,13 @@ def test_cells_of_a_protocol_without_label_fractions_are_one_an_init(evaluation:
     )
     cells = dataclasses.replace(evaluation, section=section).cells()
     assert [(cell.init, cell.label_fraction) for cell in cells] == [("other", 1), ("random", 1)]
+
+
+def test_the_same_weights_under_two_names_show_no_difference(evaluation: Evaluation, tmp_path):
+    start(evaluation, tmp_path)  # both inits are random weights of the same seeds
+    statistics = StatisticsConfig(reference="random", num_resamples=500)
+    predictions = pd.read_parquet(tmp_path / "predictions.parquet")
+    table = tabulate(tmp_path, predictions, statistics, evaluation.metrics())
+    assert len(table) == 2
+    assert set(table["effect"]) == {0.0}
+    assert set(table["verdict"]) <= {NO_DIFFERENCE, NOT_WORSE}
