@@ -18,6 +18,7 @@ from medssl.executors.local import Config as LocalConfig
 from medssl.executors.local import LocalExecutor
 from medssl.models.checkpoints import find_checkpoint, load_contract
 from medssl.models.inits.base import name_some
+from medssl.pipelines.progress import Progress, silent
 from medssl.scans.image_hashes import hashes_of, keep_hashes, kept_hashes, same_images
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
@@ -56,6 +57,7 @@ def check_leakage(
     *,
     allow_patients: bool = False,
     allow_images: bool = False,
+    progress: Progress = silent,
 ) -> Leakage:
     """Look for test patients in pretraining pools, and for their images on any other side.
 
@@ -65,7 +67,7 @@ def check_leakage(
     patients = overlap_with_pretraining(inits, splits, allowed=allow_patients)
     test = set(splits.test)
     keys = store.scan_keys
-    hashes = hash_scans(store, keys)
+    hashes = hash_scans(store, keys, progress)
     of_test = [key for key in keys if store.listed(key).patient_key in test]
     others = [key for key in keys if store.listed(key).patient_key not in test]
     known = [hashes[key] for key in of_test]
@@ -75,7 +77,7 @@ def check_leakage(
         (ours, theirs), *_ = found.items()
         raise LeakageError(
             f"{len(found)} of the {len(of_test)} scans of test patients show the same image as a "
-            f"scan of a training or validation patient ({name_some(sorted(found))}). Scan {ours} "
+            f"scan that may be trained or chosen on ({name_some(sorted(found))}). Scan {ours} "
             f"of test patient {store.listed(ours).patient_key} is scan {theirs} of patient "
             f"{store.listed(theirs).patient_key}. If the two are one person, name patients under "
             "`patients` in the index config; else leave one of the scans out, or set "
@@ -134,10 +136,13 @@ def overlap_with_pretraining(
     return worst
 
 
-def hash_scans(store: Store, scan_keys: Sequence[str]) -> dict[str, bytes]:
+def hash_scans(
+    store: Store, scan_keys: Sequence[str], progress: Progress = silent
+) -> dict[str, bytes]:
     """Return the perceptual hash of scans by key, made by all cores where there are many."""
     workers = 0 if len(scan_keys) <= _FEW_SCANS else None
-    return hashes_of(store, scan_keys, LocalExecutor(LocalConfig(num_workers=workers)))
+    executor = LocalExecutor(LocalConfig(num_workers=workers))
+    return hashes_of(store, scan_keys, executor, lambda *done: progress("leakage", *done))
 
 
 def write_hashes(

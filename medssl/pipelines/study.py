@@ -19,7 +19,7 @@ from medssl.pipelines import compare, prepare
 from medssl.pipelines import index as indexing
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
-from medssl.pipelines.leakage import overlap_with_pretraining
+from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.pretrain import (
     Pretraining,
     PretrainSection,
@@ -164,9 +164,12 @@ def run(
                 {**data_digests(index, store, splits, tasks.values()), **checkpoint_digests(starts)}
             )
             # What a pretraining goes on from must be free of test patients before it takes hours.
-            overlap_with_pretraining(
-                starts, splits, allowed=config.allow_test_patients_in_pretraining
-            )
+            check_leakage(
+                starts, store, splits,
+                allow_patients=config.allow_test_patients_in_pretraining,
+                allow_images=config.allow_duplicated_images,
+                progress=progress,
+            )  # fmt: skip
             splits.write(out / "splits.json")
             inits = {
                 label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)

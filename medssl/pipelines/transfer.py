@@ -270,6 +270,7 @@ def evaluate(
         evaluation.inits, evaluation.store, evaluation.splits,
         allow_patients=section.allow_test_patients_in_pretraining,
         allow_images=section.allow_duplicated_images,
+        progress=progress,
     )  # fmt: skip
     facts = data_facts(
         evaluation.index,

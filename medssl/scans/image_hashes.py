@@ -15,7 +15,7 @@ voxel in 13 %. A copy whose field of view was cut by an eighth on each side diff
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def image_hash(voxels_S: Array, foreground_threshold: float) -> bytes:
         foreground_threshold: values above it are body.
 
     Returns:
-        `NUM_BYTES` bytes.
+        `NUM_BYTES` bytes; none for an image that is the same everywhere, which is like no other.
     """
     image = _foreground(voxels_S.astype(np.float32), foreground_threshold)
     size = _GRID[image.ndim]
@@ -68,13 +68,26 @@ def image_hash(voxels_S: Array, foreground_threshold: float) -> bytes:
     )
     corner = (slice(0, _COARSEST[image.ndim]),) * image.ndim
     waves = dctn(coarse, norm="ortho")[corner].ravel()[1 : 1 + _NUM_BITS]
+    if not np.ptp(coarse) > 0:
+        return b""
     return np.packbits(waves > np.median(waves)).tobytes()
 
 
-def hashes_of(store: Store, scan_keys: Sequence[str], executor: Executor) -> dict[str, bytes]:
+def hashes_of(
+    store: Store,
+    scan_keys: Sequence[str],
+    executor: Executor,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, bytes]:
     """Return the hash of some scans by key; those that a store has had hashed before are kept.
 
     The first channel is looked at.
+
+    Args:
+        store: prepared scans.
+        scan_keys: which.
+        executor: where those are hashed that have not been.
+        progress: receives how many of them are done, and how many there are.
     """
     path = store.folder / _FILE
     known = _read(path)
@@ -82,7 +95,9 @@ def hashes_of(store: Store, scan_keys: Sequence[str], executor: Executor) -> dic
     missing = sorted(key for key, address in wanted.items() if address not in known)
     if missing:
         made = executor.map(partial(_hash_of, store), missing)
-        known |= {wanted[key]: found for key, found in zip(missing, made, strict=True)}
+        for done, (key, found) in enumerate(zip(missing, made, strict=True), start=1):
+            known[wanted[key]] = found
+            progress(done, len(missing))
         _write(path, known)
     return {key: known[address] for key, address in wanted.items()}
 
@@ -145,8 +160,11 @@ def _foreground(image: Array, threshold: float) -> Array:
 
 
 def _signs(hashes: Sequence[bytes]) -> Array:
-    bits = np.unpackbits(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, NUM_BYTES), axis=1)
-    return bits[:, :_NUM_BITS].astype(np.float32) * 2 - 1
+    whole = b"".join(each or bytes(NUM_BYTES) for each in hashes)
+    bits = np.unpackbits(np.frombuffer(whole, np.uint8).reshape(-1, NUM_BYTES), axis=1)
+    signs: Array = bits[:, :_NUM_BITS].astype(np.float32) * 2 - 1
+    signs[[not each for each in hashes]] = 0  # agrees in half of the bits with any
+    return signs
 
 
 def _read(path: Path) -> dict[str, bytes]:

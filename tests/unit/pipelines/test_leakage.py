@@ -136,3 +136,16 @@ def test_hashes_are_made_once_a_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     again = leakage.hash_scans(store, ["a-scan", "b-scan", "c-scan"])
     assert read == ["c-scan"]
     assert again.items() >= first.items()
+
+
+def test_images_without_any_structure_are_like_no_other(tmp_path: Path):
+    blank = np.zeros((8, 8, 8), np.float16)
+    store = store_of(tmp_path, {0: blank, 5: blank})
+    assert check_leakage(RANDOM, store, splits_of(store)) == Leakage()
+
+
+def test_progress_of_hashing_is_told(tmp_path: Path):
+    told: list[tuple[object, ...]] = []
+    store = store_of(tmp_path)
+    check_leakage(RANDOM, store, splits_of(store), progress=lambda *now: told.append(now))
+    assert told[-1] == ("leakage", len(NAMES), len(NAMES))
