@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,8 +33,10 @@ class Config(ComponentConfig):
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: by its affinity, and by a container's quota."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
 
 
 def default_workers() -> int:
