@@ -80,6 +80,9 @@ class IndexConfig(GroupingConfig):
             PatientID for DICOM files that it covers.
         exclude: patterns on paths below the folder, for example ``labels/*``.
         quarantine: flags for which a scan is rejected, as it may show who the patient is.
+        public_salt: for public data alone: keys are made with this text instead of a secret, so
+            that they, and the splits drawn by them, are the same on every machine. Whoever knows
+            the text can find out which key belongs to a name.
         limits: what one file may cost.
         executor: where files are read: ``local`` processes, or ``ray``.
     """
@@ -88,12 +91,15 @@ class IndexConfig(GroupingConfig):
     patients: PatientsConfig | None = None
     exclude: tuple[str, ...] = ()
     quarantine: tuple[Flag, ...] = ("burned_in_annotation",)
+    public_salt: str | None = Field(default=None, min_length=1)
     limits: LimitsConfig = LimitsConfig()
     executor: Annotated[ComponentConfig, component(EXECUTORS)] = LocalConfig()
 
     def digest(self) -> str:
         """Return the digest of what decides which scans are found; not of how they are read."""
         kept = self.model_dump(mode="json", exclude={"limits", "executor"})
+        if self.public_salt is None:
+            del kept["public_salt"]  # an index of before there was any
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -129,7 +135,7 @@ def build_index(config: IndexConfig, out: Path, progress: Progress | None = None
         )
     private = private_folder(out / "private")
     with _only_process(private), closing(Ledger(private, config.folder)) as ledger:
-        salt = Salt.load_or_create(private / "salt")
+        salt = Salt.load_or_create(private / "salt", config.public_salt)
         patients = PatientFinder(config.patients, salt)
         executor = EXECUTORS.build(config.executor)
         read_together = [ending for item in load_formats() for ending in item.read_together]

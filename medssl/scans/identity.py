@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from medssl.atomic import atomic_write, disk_errors
-from medssl.errors import MachineError
+from medssl.errors import ConfigError, MachineError
 
 Kind = Literal["patient", "study", "series", "scan", "file"]
 
@@ -29,17 +29,23 @@ class Salt:
     secret: bytes = field(repr=False)
 
     @classmethod
-    def load_or_create(cls, path: Path) -> Salt:
+    def load_or_create(cls, path: Path, public: str | None = None) -> Salt:
         """Read the salt, or draw one and write it with mode 0600.
 
         The same salt gives the same keys, so an index that is built again keeps its names.
 
+        Args:
+            path: of the file.
+            public: of public data: the text that the salt is made of, the same for everybody.
+
         Raises:
+            ConfigError: the file holds another salt than that of ``public``.
             MachineError: other users may read the file, or it holds no salt.
         """
         if not path.exists():
             private_folder(path.parent)
-            atomic_write(path, secrets.token_hex(_SALT_BYTES) + "\n", mode=0o600)
+            drawn = _of_text(public) if public else secrets.token_hex(_SALT_BYTES)
+            atomic_write(path, drawn + "\n", mode=0o600)
         if path.stat().st_mode & _OTHERS:
             mode = stat.S_IMODE(path.stat().st_mode)
             raise MachineError(
@@ -53,12 +59,21 @@ class Salt:
                 "private/salt of the index does not hold 64 hexadecimal digits. Restore it from a "
                 "backup, or remove the index and build it again: the keys will then change."
             )
+        if public and text != _of_text(public):
+            raise ConfigError(
+                "public_salt: the index has a salt of its own already, and its keys belong to that "
+                "one. Leave public_salt out, or build the index in another folder."
+            )
         return cls(bytes.fromhex(text))
 
     def key(self, kind: Kind, text: str) -> str:
         """Return the key of one identifier: 16 hexadecimal digits of its HMAC-SHA256."""
         message = f"{kind}\x1f{text}".encode("utf-8", "surrogateescape")
         return hmac.new(self.secret, message, hashlib.sha256).hexdigest()[:KEY_LENGTH]
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(f"medssl public data\x1f{text}".encode()).hexdigest()
 
 
 def private_folder(path: Path) -> Path:

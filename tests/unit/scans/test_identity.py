@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from medssl.errors import MachineError
+from medssl.errors import ConfigError, MachineError
 from medssl.scans.identity import Salt
 
 
@@ -56,3 +56,17 @@ def test_damaged_salt_is_refused(tmp_path, content):
     path.chmod(0o600)
     with pytest.raises(MachineError, match="does not hold 64 hexadecimal digits"):
         Salt.load_or_create(path)
+
+
+def test_keys_of_public_data_are_the_same_on_every_machine(tmp_path):
+    first, second = (Salt.load_or_create(tmp_path / n / "salt", "hippocampus") for n in "ab")
+    assert first.key("patient", "1") == second.key("patient", "1")
+    assert first.key("patient", "1") == "1e833938a4d76345"
+    other = Salt.load_or_create(tmp_path / "c" / "salt", "others")
+    assert other.key("patient", "1") != first.key("patient", "1")
+
+
+def test_an_index_with_a_salt_of_its_own_gets_no_public_one(tmp_path):
+    Salt.load_or_create(tmp_path / "salt")
+    with pytest.raises(ConfigError, match="the index has a salt of its own already"):
+        Salt.load_or_create(tmp_path / "salt", "hippocampus")
