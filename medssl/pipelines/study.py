@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -172,6 +172,9 @@ def run(
                 label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)
                 for label in config.inits
             }
+            # Cells that are finished belong to these weights, and not to those of another
+            # pretraining, should someone delete a checkpoint.
+            folder.pin_data({"index": index.digest, **_pretrained_digests(config, inits)})
             pretexts = {
                 label: init.pretext.name if init.pretext else ""
                 for label, init in config.inits.items()
@@ -312,6 +315,15 @@ def _init_of(
         pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
         handle.artifact(checkpoint)
     return CheckpointConfig(path=checkpoint)
+
+
+def _pretrained_digests(
+    config: StudyConfig, inits: Mapping[str, ComponentConfig]
+) -> dict[str, str]:
+    """Return the hash of the weights of each init that this study has pretrained."""
+    ours = {label: init for label, init in inits.items() if config.inits[label].pretext is not None}
+    digests = checkpoint_digests(ours).values()
+    return {f"pretrained {label}": digest for label, digest in zip(ours, digests, strict=True)}
 
 
 def _parameters(config: StudyConfig) -> dict[str, Any]:
