@@ -275,6 +275,7 @@ def evaluate(
     section = evaluation.section
     leakage = check_leakage(
         evaluation.inits, evaluation.store, evaluation.splits,
+        pool=evaluation.pretraining_pool,
         allow_patients=section.allow_test_patients_in_pretraining,
         allow_images=section.allow_duplicated_images,
     )  # fmt: skip
