@@ -88,9 +88,9 @@ def check_leakage(
         raise LeakageError(
             f"{len(found)} of the {len(of_test)} scans of test patients show the same image as a "
             f"scan of a training, validation or pretraining patient ({name_some(sorted(found))}). "
-            f"Scan {ours} of test patient {store.listed(ours).patient_key} is scan {theirs} of patient "
-            f"{store.listed(theirs).patient_key}. If the two are one person, name patients under "
-            "`patients` in the index config; else leave one of the scans out, or set "
+            f"Scan {ours} of test patient {store.listed(ours).patient_key} is scan {theirs} of "
+            f"patient {store.listed(theirs).patient_key}. If the two are one person, name patients "
+            "under `patients` in the index config; else leave one of the scans out, or set "
             "allow_duplicated_images: true, and the report will say so."
         )
     images, unknown = set(found), []
