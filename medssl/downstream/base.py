@@ -164,9 +164,14 @@ class DownstreamTask(ABC):
         return network(DownstreamBatch(images, images))
 
     def score_case(self, logits: Tensor, case: Case) -> list[float]:
-        """Return the scores of one scan from the logits of all its images."""
-        masks = None if case.masks is None else case.masks.to(logits.device)
-        return self.case_scores(logits, masks)
+        """Return the scores of one scan from the logits of all its images.
+
+        Where there is a mask, voxels that pad the scan to the crop's size do not count: they are
+        not of the patient.
+        """
+        if case.masks is None:
+            return self.case_scores(logits, None)
+        return self.case_scores(case.unpad(logits), case.unpad(case.masks).to(logits.device))
 
     @abstractmethod
     def case_scores(self, logits: Tensor, masks: Tensor | None) -> list[float]:

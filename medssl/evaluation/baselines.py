@@ -187,7 +187,8 @@ def _look(setting: Setting, key: str) -> tuple[Array, Array]:
     histogram = np.bincount(_bins(body), minlength=_NUM_BINS) / max(1, body.size)
     extent = np.array(entry.shape) * np.array(entry.spacing_mm)
     voxel = float(np.prod(entry.spacing_mm))
-    return histogram, np.array([*extent, extent.prod(), body.size * voxel])
+    across = [0.0] * (3 - len(extent))  # an index may hold slices beside volumes
+    return histogram, np.array([*extent, *across, extent.prod(), body.size * voxel])
 
 
 def _bins(image: Array) -> Array:

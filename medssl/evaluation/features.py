@@ -34,11 +34,13 @@ class CaseFeatures:
         scan_key: the scan.
         layers: by stage name; dense: (slices, C, x, y[, z]) float16; else one vector (D,) float32.
         masks: (slices, X, Y[, Z]) where the task is dense.
+        padding: for each spatial axis, the voxels of the masks before and after the scan.
     """
 
     scan_key: str
     layers: dict[str, Tensor]
     masks: Tensor | None
+    padding: tuple[tuple[int, int], ...] = ()
 
 
 def extract_features(
@@ -75,7 +77,7 @@ def extract_features(
             layers = {name: torch.cat(part).cpu() for name, part in parts.items()}
             if not dense:
                 layers = {name: layer.mean(0) for name, layer in layers.items()}
-            found[case.scan_key] = CaseFeatures(case.scan_key, layers, case.masks)
+            found[case.scan_key] = CaseFeatures(case.scan_key, layers, case.masks, case.padding)
     return found
 
 
@@ -89,8 +91,10 @@ def save_features(
         if case.masks is not None:
             tensors[f"{key}/{_MASKS}"] = case.masks.contiguous()
     names = {key: list(case.layers) for key, case in features.items()}
+    padding = {key: case.padding for key, case in features.items()}
     metadata = {
-        "layers": json.dumps(names), "init_report": json.dumps(init_report), "init_text": init_text,
+        "layers": json.dumps(names), "padding": json.dumps(padding),
+        "init_report": json.dumps(init_report), "init_text": init_text,
     }  # fmt: skip
     atomic_write(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
@@ -106,12 +110,16 @@ def load_features(path: Path) -> tuple[dict[str, CaseFeatures], dict[str, Any], 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             held = set(file.keys())
+            paddings = json.loads(metadata["padding"])
             features = {}
             for key, names in json.loads(metadata["layers"]).items():
                 layers = {name: file.get_tensor(f"{key}/{name}") for name in names}
                 masks = f"{key}/{_MASKS}"
                 features[key] = CaseFeatures(
-                    key, layers, file.get_tensor(masks) if masks in held else None
+                    key,
+                    layers,
+                    file.get_tensor(masks) if masks in held else None,
+                    tuple((before, after) for before, after in paddings[key]),
                 )
             return features, json.loads(metadata["init_report"]), metadata["init_text"]
     except (SafetensorError, KeyError, ValueError, OSError):

@@ -62,12 +62,14 @@ class CellNotes:
         init_report: what was loaded into the backbone, see `LoadReport.to_dict`.
         init_text: the same as one line.
         seconds: that the cell took.
+        warnings: what it warned of, each once.
     """
 
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     init_report: dict[str, Any] = field(default_factory=dict)
     init_text: str = ""
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,14 @@ def in_turn(cells: Sequence[Cell], shared: Callable[[Cell], object]) -> list[Cel
 
 
 def attempt(run_cell: Callable[[Cell], None], cell: Cell) -> Outcome:
-    """Run a cell; whatever it raises becomes the outcome's problem."""
+    """Run a cell; whatever it raises becomes the outcome's problem.
+
+    Memory that is not enough is told by the executor, as of a worker that the system ended.
+    """
     try:
         run_cell(cell)
+    except MemoryError:
+        raise
     except MedsslError as error:
         return Outcome(cell, str(error))
     except Exception as error:  # noqa: BLE001  (isolated, told to the user, and run again next time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from medssl.scans.index import Index
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
 from medssl.tracking.base import RunHandle, Tracker
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -146,12 +149,13 @@ class CellWork:
         notes = CellNotes()
         evaluation = self.evaluation
         configs = {protocol.name: protocol for protocol in evaluation.section.protocols}
-        with _threads(evaluation):
+        with _threads(evaluation), _listening() as warnings:
             setting = self.setting(cell)
             predictions = PROTOCOLS.build(configs[cell.protocol]).run(
                 cell, setting, lambda step, values: notes.metrics.append((step, dict(values)))
             )
         notes.init_report, notes.init_text = setting.report, setting.report_text
+        notes.warnings = list(dict.fromkeys(warnings))
         notes.seconds = time.perf_counter() - begun
         write_cell(
             self.folder, cell, predictions, setting,
@@ -179,13 +183,39 @@ def _threads(evaluation: Evaluation) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class _Listener(logging.Handler):
+    """Keeps the text of warnings."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Collect warnings instead of printing them: a worker's would be lost. `track` tells them."""
+    texts: list[str] = []
+    ours, listener = logging.getLogger("medssl"), _Listener(texts)
+    before = ours.propagate
+    ours.addHandler(listener)
+    ours.propagate = False
+    try:
+        yield texts
+    finally:
+        ours.propagate = before
+        ours.removeHandler(listener)
+
+
 def run_name(cell: Cell) -> str:
     """Return the name of a cell's run in the journal."""
     return f"cell/{cell.key}"
 
 
 def track(outcome: Outcome, folder: Path, tracker: Tracker, parent: RunHandle) -> None:
-    """Write into the journal what a cell logged, or that it failed."""
+    """Write into the journal what a cell logged and warned of, or that it failed."""
     cell = outcome.cell
     params = {
         "init": cell.init,
@@ -206,6 +236,9 @@ def track(outcome: Outcome, folder: Path, tracker: Tracker, parent: RunHandle) -
             handle.log(step, values)
         handle.log(0, {"seconds": notes.seconds})
         handle.tag("init_report", notes.init_text)
+        if notes.warnings:
+            handle.tag("warnings", "\n".join(notes.warnings))
+            log.warning("%s: %s", cell.key, " ".join(notes.warnings))
 
 
 class _CellFailed(Exception):  # noqa: N818  (ends a run of the journal as FAILED, no more)

@@ -84,7 +84,8 @@ def run(
         The comparisons table.
 
     Raises:
-        DataError: a folder has no predictions, or the runs were not tested on the same cases.
+        DataError: a folder has no predictions, the runs were not tested on the same cases, or
+            not judged by the same metric.
     """
     tables, taken, metrics = [], set[str](), dict[str, str]()
     reports: dict[str, Any] = {}
@@ -106,7 +107,13 @@ def run(
         loaded = noted_inits(folder)
         reports |= {label: loaded[init] for init, label in label_of.items() if init in loaded}
         tables.append(table)
-        metrics |= _metrics_of(folder)
+        for task, metric in _metrics_of(folder).items():
+            if metrics.setdefault(task, metric) != metric:
+                raise DataError(
+                    f"the runs judge task {task!r} by different primary metrics ({metrics[task]}, "
+                    f"and {metric} in {folder.name!r}). The metric is fixed before a run: compare "
+                    "runs that chose the same."
+                )
     predictions = pd.concat(tables, ignore_index=True)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
     keep_inits(out, reports)  # the report says what each one started from

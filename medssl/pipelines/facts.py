@@ -56,6 +56,7 @@ def data_facts(
         "test_patients_in_pool": leakage.patients,
         "test_images_elsewhere": leakage.images,
         "test_images_repeated": leakage.repeated,
+        "inits_not_looked_into": list(leakage.unknown),
         "index_digest": index.digest,
         "store_digest": store.digest,
         "labels": {task.name: task.labels.to_dict() for task in tasks},

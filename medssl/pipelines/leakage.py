@@ -43,11 +43,14 @@ class Leakage:
         images: test scans whose image is also a training, validation or pretraining scan of
             another patient.
         repeated: test scans that show the same image as one of another test patient.
+        unknown: inits whose pretraining images nobody can look at: no hashes lie beside their
+            checkpoint, which was exported or copied without them.
     """
 
     patients: int = 0
     images: int = 0
     repeated: int = 0
+    unknown: tuple[str, ...] = ()
 
 
 def check_leakage(
@@ -55,11 +58,19 @@ def check_leakage(
     store: Store,
     splits: Splits,
     *,
+    pool: Sequence[str] = (),
     allow_patients: bool = False,
     allow_images: bool = False,
     progress: Progress = silent,
 ) -> Leakage:
     """Look for test patients in pretraining pools, and for their images on any other side.
+
+    Args:
+        inits: by label.
+        store, splits: the data; patients on no side, and not in the pool, take no part.
+        pool: patients that this run pretrains on.
+        allow_patients: permit test patients in pretraining pools.
+        allow_images: permit their images elsewhere.
 
     Raises:
         LeakageError: there are some, and the config does not allow it.
@@ -69,7 +80,8 @@ def check_leakage(
     keys = store.scan_keys
     hashes = hash_scans(store, keys, progress)
     of_test = [key for key in keys if store.listed(key).patient_key in test]
-    others = [key for key in keys if store.listed(key).patient_key not in test]
+    learned = {*splits.train, *splits.val, *pool} - test
+    others = [key for key in keys if store.listed(key).patient_key in learned]
     known = [hashes[key] for key in of_test]
     pairs = same_images(known, [hashes[key] for key in others])
     found = {of_test[ours]: others[theirs] for ours, theirs, _ in pairs}
@@ -77,17 +89,25 @@ def check_leakage(
         (ours, theirs), *_ = found.items()
         raise LeakageError(
             f"{len(found)} of the {len(of_test)} scans of test patients show the same image as a "
-            f"scan that may be trained or chosen on ({name_some(sorted(found))}). Scan {ours} "
-            f"of test patient {store.listed(ours).patient_key} is scan {theirs} of patient "
-            f"{store.listed(theirs).patient_key}. If the two are one person, name patients under "
-            "`patients` in the index config; else leave one of the scans out, or set "
+            f"scan of a training, validation or pretraining patient ({name_some(sorted(found))}). "
+            f"Scan {ours} of test patient {store.listed(ours).patient_key} is scan {theirs} of "
+            f"patient {store.listed(theirs).patient_key}. If the two are one person, name patients "
+            "under `patients` in the index config; else leave one of the scans out, or set "
             "allow_duplicated_images: true, and the report will say so."
         )
-    images = set(found)
+    images, unknown = set(found), []
     for label, init in inits.items():
         folder = _checkpoint_folder(init)
         if folder is None:
             continue
+        if not hashes_beside(folder).is_file():
+            unknown.append(label)
+            log.warning(
+                "init %r: no hashes of the images it was pretrained on lie beside its checkpoint, "
+                "so copies of test images under other names cannot be found there; test patients "
+                "are looked for by key alone.",
+                label,
+            )
         seen = {of_test[n] for n, _, _ in same_images(known, kept_hashes(hashes_beside(folder)))}
         if seen and not (allow_images or allow_patients):
             raise LeakageError(
@@ -109,7 +129,7 @@ def check_leakage(
             "intervals take them for more people than they are.",
             len(repeated), name_some(sorted(repeated)),
         )  # fmt: skip
-    return Leakage(patients, len(images), len(repeated))
+    return Leakage(patients, len(images), len(repeated), tuple(unknown))
 
 
 def overlap_with_pretraining(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -166,6 +166,7 @@ def run(
             # What a pretraining goes on from must be free of test patients before it takes hours.
             check_leakage(
                 starts, store, splits,
+                pool=pretraining_pool(store, splits) if any(_pretexts(config).values()) else (),
                 allow_patients=config.allow_test_patients_in_pretraining,
                 allow_images=config.allow_duplicated_images,
                 progress=progress,
@@ -175,10 +176,10 @@ def run(
                 label: _init_of(config, label, index, store, splits, out, tracker, handle, progress)
                 for label in config.inits
             }
-            pretexts = {
-                label: init.pretext.name if init.pretext else ""
-                for label, init in config.inits.items()
-            }
+            # Cells that are finished belong to these weights, and not to those of another
+            # pretraining, should someone delete a checkpoint.
+            folder.pin_data({"index": index.digest, **_pretrained_digests(config, inits)})
+            pretexts = _pretexts(config)
             evaluation = Evaluation(
                 config, config.backbone, config.sampling, config.seed, device, inits, pretexts,
                 index, store, splits, tasks,
@@ -190,6 +191,13 @@ def run(
             progress("report", 1, 1)
             raise_failures(failed, len(evaluation.cells()))
     return out
+
+
+def _pretexts(config: StudyConfig) -> dict[str, str]:
+    """Return the name of each init's pretext task by its label; empty where it has none."""
+    return {
+        label: init.pretext.name if init.pretext else "" for label, init in config.inits.items()
+    }
 
 
 def gather(
@@ -315,6 +323,15 @@ def _init_of(
         pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
         handle.artifact(checkpoint)
     return CheckpointConfig(path=checkpoint)
+
+
+def _pretrained_digests(
+    config: StudyConfig, inits: Mapping[str, ComponentConfig]
+) -> dict[str, str]:
+    """Return the hash of the weights of each init that this study has pretrained."""
+    ours = {label: init for label, init in inits.items() if config.inits[label].pretext is not None}
+    digests = checkpoint_digests(ours).values()
+    return {f"pretrained {label}": digest for label, digest in zip(ours, digests, strict=True)}
 
 
 def _parameters(config: StudyConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -239,12 +240,18 @@ def pretexts_of(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
 
 
 def checkpoint_digests(inits: Mapping[str, ComponentConfig]) -> dict[str, str]:
-    """Return the hash of the weights of each init that is a checkpoint."""
-    return {
-        f"checkpoint {label}": str(load_contract(init.path).weights_sha256)
-        for label, init in inits.items()
-        if init.name == "checkpoint" and hasattr(init, "path")
-    }
+    """Return the hash of the weights of each init that names a checkpoint, or a file of weights."""
+    found = {}
+    for label, init in inits.items():
+        path = getattr(init, "path", None)
+        if path is None:
+            continue
+        if init.name == "checkpoint":
+            found[f"checkpoint {label}"] = str(load_contract(path).weights_sha256)
+        elif Path(path).is_file():
+            with Path(path).open("rb") as file:
+                found[f"weights {label}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def evaluate(
@@ -268,6 +275,7 @@ def evaluate(
     section = evaluation.section
     leakage = check_leakage(
         evaluation.inits, evaluation.store, evaluation.splits,
+        pool=evaluation.pretraining_pool,
         allow_patients=section.allow_test_patients_in_pretraining,
         allow_images=section.allow_duplicated_images,
         progress=progress,

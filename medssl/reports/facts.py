@@ -52,6 +52,12 @@ def warnings_of(contents: Contents) -> list[str]:
             f"{repeated} test scans show the same images as those of other test patients. "
             "Intervals take them for more people than they are."
         )
+    unknown = [init_name(label) for label in contents.data.get("inits_not_looked_into") or ()]
+    if unknown:
+        found.append(
+            "Whether copies of test images were in the pretraining of "
+            f"{', '.join(unknown)} is not known: no hashes of its images came with the checkpoint."
+        )
     stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
     if stopped:
         found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")

@@ -42,18 +42,23 @@ class Case:
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Cut the padding off the last axes of a prediction or an image."""
-        inside: list[slice] = [
-            slice(before, tensor.shape[axis] - after)
-            for axis, (before, after) in enumerate(self.padding, tensor.ndim - len(self.padding))
-        ]
-        whole = [slice(None)] * (tensor.ndim - len(inside))
-        return tensor[(*whole, *inside)]
+        return without_padding(tensor, self.padding)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield images and masks, ``size`` slices at a time."""
         for start in range(0, len(self.images), size):
             part = slice(start, start + size)
             yield self.images[part], None if self.masks is None else self.masks[part]
+
+
+def without_padding(tensor: Tensor, padding: Sequence[tuple[int, int]]) -> Tensor:
+    """Cut so many voxels before and after off the last axes."""
+    inside: list[slice] = [
+        slice(before, tensor.shape[axis] - after)
+        for axis, (before, after) in enumerate(padding, tensor.ndim - len(padding))
+    ]
+    whole = [slice(None)] * (tensor.ndim - len(inside))
+    return tensor[(*whole, *inside)]
 
 
 class CaseReader(Dataset[Case]):

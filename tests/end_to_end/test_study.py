@@ -275,6 +275,18 @@ def test_a_checkpoint_pretrained_on_test_patients_is_refused(study: Study, tmp_p
     assert "splits.file" in refused.stderr
 
 
+def test_a_backbone_pretrained_again_is_not_mixed_with_cells_of_the_earlier_one(
+    study: Study, tmp_path: Path
+):
+    shutil.copytree(study.run, tmp_path / "runs" / "tiny")
+    contract = tmp_path / "runs" / "tiny" / "checkpoints" / "rotation" / "contract.json"
+    content = json.loads(contract.read_text())
+    contract.write_text(json.dumps(content | {"weights_sha256": "0" * 64}))
+    refused = medssl("study", study.config, cwd=tmp_path)
+    assert refused.returncode == 3
+    assert "have changed since this run was started (pretrained rotation)" in refused.stderr
+
+
 def test_labels_that_changed_since_the_start_are_refused(study: Study, tmp_path: Path):
     shutil.copytree(study.run, tmp_path / "runs" / "tiny")
     table = study.archive / "labels.csv"

@@ -16,6 +16,7 @@ from medssl.errors import LeakageError, WeightsError
 from medssl.evaluation.protocols.base import Cell
 from medssl.models.checkpoints import Contract, lineage, load_contract, read_weights
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
+from medssl.models.inits.foreign import Config as ForeignConfig
 from medssl.pipelines import study as studies_pipeline
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.leakage import overlap_with_pretraining
@@ -174,6 +175,16 @@ def test_the_matrix_takes_the_chain_as_an_init_of_its_own(evaluation, chain):
     assert reports["second"].source == ("checkpoint 'second' (random → rotation → inpainting)")
     digests = checkpoint_digests(inits)
     assert digests["checkpoint first"] != digests["checkpoint second"]
+
+
+def test_a_file_of_weights_that_states_no_hash_is_pinned_all_the_same(tmp_path):
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"before")
+    inits = {"theirs": ForeignConfig(path=file), "random": ComponentConfig(name="random")}
+    before = checkpoint_digests(inits)
+    assert set(before) == {"weights theirs"}
+    file.write_bytes(b"after")
+    assert checkpoint_digests(inits) != before
 
 
 def test_the_report_shows_where_each_init_came_from(evaluation, chain):

@@ -16,6 +16,7 @@ from medssl.evaluation.linear_models import fit_logistic, space_of, weights_of
 from medssl.evaluation.protocols._pooled import Answered, defined
 from medssl.evaluation.protocols.base import Cell, FrozenConfig, Setting
 from medssl.randomness import torch_generator
+from medssl.transforms.cases import without_padding
 
 ClassWeights = Literal["none", "sqrt", "balanced"]
 """All positions count alike; or by one over the (root of the) number of their class."""
@@ -165,7 +166,8 @@ def _case_scores(
     mode = "bilinear" if maps.ndim == 4 else "trilinear"
     size = tuple(case.masks.shape[1:])
     logits = functional.interpolate(maps, size=size, mode=mode, align_corners=False)
-    return setting.task.case_scores(logits, case.masks.to(setting.device))
+    logits, masks = (without_padding(part, case.padding) for part in (logits, case.masks))
+    return setting.task.case_scores(logits, masks.to(setting.device))
 
 
 def _at_resolution(case: CaseFeatures, layer: str) -> Tensor:

@@ -9,6 +9,7 @@ rate of its own (``training.backbone_scale``, ``training.layer_decay``).
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from medssl.training.settings import TrainingConfig
 from medssl.training.state import TrainingState
 from medssl.transforms.augmentation import AugmentationConfig
 from medssl.transforms.sampling import CropSampler
+
+_log = logging.getLogger(__name__)
 
 _CHUNK = 32
 """Slices that go through the network at once."""
@@ -129,6 +132,12 @@ class FineTune(Protocol):
         if best.weights is not None:
             state.result.load_state_dict(best.weights)
             log(steps_before, {"val/best_score": best.score, "best_learning_rate": best.rate})
+        else:
+            _log.warning(
+                "the score of validation patients is undefined (perhaps they are all of one "
+                "class), so nothing was chosen by it: the last training's last step answers. "
+                "Raise splits.val_fraction."
+            )
         test_scans = setting.scans_of(setting.splits.test)
         scores = predict(state.result, setting, test_scans, max_slices=None)
         return [

@@ -111,7 +111,7 @@ class SvmMap(Protocol):
             chosen[f"cost_{label}"] = 0.0 if machine is None else machine.C
             for side, wanted in (("val", tables.val), ("test", tables.test)):
                 scores[side].append(
-                    np.zeros(len(wanted)) if machine is None
+                    np.full(len(wanted), _one_answer(known[:, label])) if machine is None
                     else machine.decision_function(unit[wanted])
                 )  # fmt: skip
         found = {side: np.stack(columns, axis=1) for side, columns in scores.items()}
@@ -170,6 +170,15 @@ class SvmMap(Protocol):
             max_iter=self.config.max_steps,
             random_state=seed,
         )
+
+
+def _one_answer(labels: Array) -> float:
+    """Return what a machine says that has seen one answer alone, or none: always yes or no.
+
+    A label that no row has must not win over those of which a machine says no.
+    """
+    told = labels[np.isfinite(labels)]
+    return float(np.sign(2 * told[0] - 1)) if len(told) else 0.0
 
 
 def one_column_a_label(targets: Array, answer: str, num_outputs: int) -> Array:

@@ -17,7 +17,7 @@ from medssl.randomness import numpy_generator
 # Metrics that lie between 0 and 1, and whose intervals should.
 _SHARES = frozenset(
     {"accuracy", "auc", "average_precision", "balanced_accuracy", "dice", "mean_auc",
-     "mean_average_precision"}
+     "mean_average_precision", "success_rate_4mm"}
 )  # fmt: skip
 _RESULT_COLUMNS = [
     *INIT, "task", "task_kind", "protocol", "layer", "selected", "label_fraction",

@@ -20,6 +20,7 @@ from medssl.errors import ConfigError, LabelError
 from medssl.scans.building import IndexConfig, build_index
 from medssl.scans.index import Index
 from medssl.scans.masks import MaskFolder
+from medssl.transforms.cases import Case
 from medssl.transforms.sampling import Sample, SampleRequest
 from samples import write_nifti
 from training import tiny_backbone
@@ -111,6 +112,15 @@ def test_the_dice_of_a_case_is_over_all_its_slices_together(task: Segmentation):
     target = torch.tensor([[[1, 1]], [[1, 0]]])
     answer = torch.tensor([[[1, 1]], [[0, 0]]])
     assert task.case_scores(logits(answer), target)[0] == pytest.approx(2 * 2 / (2 + 3))
+
+
+def test_voxels_that_pad_a_case_do_not_count(task: Segmentation):
+    mask = torch.zeros(1, 4, 6, 5, dtype=torch.long)
+    mask[:, 1:3, :, 2:4] = 1
+    padding = ((1, 1), (0, 0), (2, 1))
+    images = mask[:, None].float()
+    case = Case("scan", "patient", images, mask, (0,), padding, (1.0, 1.0, 1.0), np.eye(4))
+    assert task.score_case(logits(torch.ones_like(mask)), case)[0] == 1
 
 
 @pytest.mark.parametrize("shape", [(6, 9, 9), (3, 5, 5, 4)])

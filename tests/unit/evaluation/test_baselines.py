@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from evaluations import make_evaluation
+from medssl.evaluation import baselines
 from medssl.evaluation.baselines import (
     ACQUISITION,
     HISTOGRAM,
@@ -22,6 +26,7 @@ from medssl.evaluation.protocols.base import Cell, Prediction
 from medssl.pipelines import baselines as pipeline
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.sections import StatisticsConfig
+from stores import make_store, numbered_volume
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,14 @@ def test_every_baseline_answers_for_every_test_scan(evaluation: Evaluation):
     for predictions in found.values():
         assert [p.scan_key for p in predictions] == test
         assert all(sum(p.scores) == pytest.approx(1) for p in predictions)
+
+
+def test_slices_and_volumes_of_one_index_have_sizes_that_compare(tmp_path):
+    images = {"a1": numbered_volume((5, 6)), "b1": numbered_volume((5, 6, 7))}
+    setting: Any = SimpleNamespace(store=make_store(tmp_path, images))
+    flat, deep = (baselines._look(setting, key)[1] for key in images)
+    assert flat[:4].tolist() == [5, 6, 0, 30]
+    assert deep[:4].tolist() == [5, 6, 7, 210]
 
 
 def test_the_prior_tells_nothing_apart(evaluation: Evaluation):

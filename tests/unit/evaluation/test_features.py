@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from medssl.evaluation.features import CaseFeatures, extract_features
+from medssl.evaluation.features import (
+    CaseFeatures,
+    extract_features,
+    load_features,
+    save_features,
+)
 from medssl.scans.store import Store
 from medssl.transforms.cases import CaseReader
 from medssl.transforms.requests import SampleRequest
@@ -79,6 +86,21 @@ def test_dense_features_keep_the_maps_of_every_slice_and_the_masks(store: Store,
         size = stage.size(tuple(case.images.shape[2:]))
         assert maps.shape == (len(case.images), stage.channels, *size)
         assert maps.dtype == torch.float16
+
+
+def test_features_on_disk_are_those_that_were_computed(store: Store, tmp_path: Path):
+    found = extracted(cases(store, 3, "a1", "c1", mask="organ"), dense=True)
+    assert found["c1"].padding == ((4, 5), (0, 0), (2, 2))
+    save_features(tmp_path / "features.safetensors", found, {"loaded": 1}, "all of it")
+    loaded = load_features(tmp_path / "features.safetensors")
+    assert loaded is not None
+    again, report, text = loaded
+    assert (report, text) == ({"loaded": 1}, "all of it")
+    for key, case in found.items():
+        assert again[key].padding == case.padding
+        assert torch.equal(again[key].masks, case.masks)
+        for name, layer in case.layers.items():
+            assert torch.equal(again[key].layers[name], layer)
 
 
 def test_more_slices_than_go_through_at_once_are_all_there(store: Store):

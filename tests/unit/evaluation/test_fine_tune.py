@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -67,6 +68,15 @@ def recorded(
     setting.new_backbone = lambda seed: tiny_backbone(2, seed_of_weights)
     protocol().run(cell, setting, silent)
     return recorder
+
+
+def test_validation_patients_who_cannot_choose_are_warned_of(
+    evaluation: Evaluation, caplog: pytest.LogCaptureFixture
+):
+    setting = evaluation.setting("classification", "random")
+    setting.score = lambda scan_keys, scores: math.nan  # type: ignore[method-assign]
+    protocol((1e-3, 1e-2), steps=1).run(cell_of(evaluation, "classification"), setting, silent)
+    assert caplog.messages[-1].startswith("the score of validation patients is undefined")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -223,6 +223,17 @@ def test_rare_classes_of_voxels_can_count_more(evaluation: Evaluation, kind: Any
     assert [p.scores for p in alike] != [p.scores for p in unlike]
 
 
+def test_voxels_that_pad_a_case_do_not_count(evaluation: Evaluation):
+    setting = evaluation.setting("segmentation", "random")
+    masks = torch.zeros(1, 4, 6, 6, dtype=torch.long)
+    masks[:, :, 1:4] = 1
+    maps = {"stage": torch.ones(1, 1, 4, 6, 6)}
+    case = CaseFeatures("scan", maps, masks, ((0, 0), (1, 2), (0, 0)))
+    organ = torch.eye(setting.task.num_outputs)[1]
+    scores = _dense_probe._case_scores(case, "stage", (organ[:, None], organ), setting)
+    assert scores[0] == 1
+
+
 def test_other_labels_of_test_scans_change_no_choice_and_no_answer(evaluation: Evaluation):
     setting = evaluation.setting("classification", "random")
     before = probe(evaluation, setting, "classification")

@@ -136,6 +136,19 @@ def test_a_failed_cell_is_told_by_kind_and_place_without_what_the_library_said(t
     assert "somebody" not in outcome.problem
 
 
+def test_memory_that_is_not_enough_is_told_with_what_to_do(tmp_path: Path):
+    def run_cell(cell: Cell) -> None:
+        raise MemoryError
+
+    (outcome,) = run_cells(
+        cells()[:1], tmp_path, partial(attempt, run_cell),
+        LocalExecutor(LocalConfig(num_workers=0)), lambda _: None, lambda *_: None,
+    )  # fmt: skip
+    assert outcome.problem == (
+        "not enough memory. Use fewer workers (matrix.executor.num_workers)."
+    )
+
+
 def test_an_error_of_ours_is_told_in_its_own_words():
     def fail(cell: Cell) -> None:
         raise DataError(f"cell {cell.seed} is empty.")

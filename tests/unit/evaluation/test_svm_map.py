@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from medssl.evaluation.protocols.base import Cell
 from medssl.evaluation.protocols.svm_map import (
     Config,
     SvmMap,
+    _one_answer,
     mean_average_precision,
     one_column_a_label,
 )
@@ -118,8 +121,17 @@ def test_a_class_with_one_patient_gets_the_middle_cost():
     assert found.C == 2.0
 
 
-def test_a_class_that_no_labelled_scan_shows_is_answered_by_0(evaluation: Evaluation):
+def test_a_class_that_no_labelled_scan_shows_is_answered_by_no(evaluation: Evaluation):
     assert SvmMap(Config())._fit(np.eye(2), np.zeros(2), ["a", "b"], 0) is None
+    unknown = np.array([np.nan, np.nan])
+    answers = [_one_answer(np.array(labels)) for labels in ([0.0, np.nan], [1.0, 1.0], unknown)]
+    assert answers == [-1, 1, 0]
+    setting = evaluation.setting("classification", "random")
+    task: Any = copy.copy(setting.task)
+    task.classes = ("a", "b", "nobody's")
+    other = replace(setting, task=task, _kept={})
+    for prediction in SvmMap(Config(max_slices=3)).run(cell_of(evaluation), other, lambda *_: None):
+        assert prediction.scores[2] == -1
 
 
 def test_a_machine_that_does_not_converge_is_warned_of(caplog: pytest.LogCaptureFixture):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_neither_torch_nor_monai_is_imported_to_compare(runs: list[Path], tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "power.csv").is_file()
+
+
+def test_runs_that_fixed_different_metrics_are_refused(runs: list[Path], tmp_path: Path):
+    for folder, metric in zip(runs, ("dice", "auc"), strict=True):
+        copy = tmp_path / folder.name
+        copy.mkdir()
+        shutil.copy(folder / "predictions.parquet", copy)
+        (copy / "results.csv").write_text(f"task,metric\nsegmentation,{metric}\n")
+    with pytest.raises(
+        DataError, match=r"task 'segmentation' by different .* \(dice, and auc in 'second'\)"
+    ):
+        run([tmp_path / folder.name for folder in runs], tmp_path / "both", statistics=QUICK)
 
 
 def test_a_run_without_predictions_is_refused_by_its_name(tmp_path: Path) -> None:

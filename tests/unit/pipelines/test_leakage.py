@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from medssl.errors import LeakageError
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
 from medssl.pipelines import leakage
 from medssl.pipelines.leakage import Leakage, check_leakage, hashes_beside, write_hashes
+from medssl.reports.facts import warnings_of
 from medssl.scans.image_hashes import image_hash, kept_hashes, same_images
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
@@ -87,6 +90,30 @@ def test_a_pool_that_held_a_test_image_under_another_key_is_refused(
     with pytest.raises(LeakageError, match=told):
         check_leakage(inits, store, splits_of(store))
     assert check_leakage(inits, store, splits_of(store), allow_images=True) == Leakage(images=1)
+
+
+def test_a_checkpoint_that_came_without_hashes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(leakage, "overlap_with_pretraining", lambda *_, **__: 0)
+    monkeypatch.setattr(leakage, "find_checkpoint", lambda path: path)
+    inits = {"ours": CheckpointConfig(path=tmp_path / "copied")}
+    store = store_of(tmp_path / "here")
+    assert check_leakage(inits, store, splits_of(store)) == Leakage(unknown=("ours",))
+    assert "init 'ours': no hashes of the images it was pretrained on" in caplog.text
+    contents: Any = SimpleNamespace(
+        data={"inits_not_looked_into": ["ours"]}, pretraining=[], validations={}
+    )
+    (told,) = warnings_of(contents)
+    assert told.startswith("Whether copies of test images were in the pretraining of ours is not")
+
+
+def test_copies_of_patients_who_take_no_part_are_no_leakage_unless_pretrained_on(tmp_path: Path):
+    store = store_of(tmp_path, {0: image(4)})
+    splits = Splits(seed=0, train=("b", "c"), val=("d",), test=("e", "f"))
+    assert check_leakage(RANDOM, store, splits) == Leakage()
+    with pytest.raises(LeakageError, match="of a training, validation or pretraining patient"):
+        check_leakage(RANDOM, store, splits, pool=("a", "b", "c"))
 
 
 def test_what_a_pretraining_goes_on_from_stays_known(

@@ -116,6 +116,27 @@ def test_worker_processes_give_the_same_predictions(evaluation, tmp_path):
     assert_same_predictions(tmp_path / "here", tmp_path / "workers")
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_cell_warns_of_is_told_whichever_process_ran_it(
+    evaluation, tmp_path, caplog, num_workers
+):
+    section = evaluation.section
+    (probe,) = section.protocols
+    changed = section.model_copy(
+        update={
+            "protocols": (probe.model_copy(update={"max_steps": 1}),),
+            "matrix": section.matrix.model_copy(
+                update={"executor": LocalConfig(num_workers=num_workers)}
+            ),
+        }
+    )
+    hasty = dataclasses.replace(evaluation, section=changed)
+    start(hasty, tmp_path)
+    told = [text for text in caplog.messages if "had not converged after 1 steps" in text]
+    assert {text.partition(": ")[0] for text in told} == {cell.key for cell in hasty.cells()}
+    assert "had not converged" in (tmp_path / "journal.jsonl").read_text()
+
+
 def test_a_cell_that_failed_is_listed_and_runs_again_at_the_next_start(
     evaluation, tmp_path, monkeypatch
 ):

@@ -106,6 +106,14 @@ def test_the_interval_of_a_mean_agrees_with_the_t_interval() -> None:
     assert row["ci_high"] == pytest.approx(high, abs=0.012)
 
 
+def test_a_share_of_landmarks_that_are_all_found_is_not_certain_to_be_one() -> None:
+    table = predictions({"imagenet": 0.0}, num_patients=12, seeds=(0,))
+    table = table.drop_duplicates("patient_key").assign(scores=[[1.0, 2.0]] * 12)
+    row = estimate(table, {"hippocampus": "success_rate_4mm"}, num_resamples=100).iloc[0]
+    assert (row["value"], row["ci_high"]) == (1, 1)
+    assert row["ci_low"] == pytest.approx(0.025 ** (1 / 12))  # Clopper and Pearson
+
+
 def test_holm_equals_an_example_by_hand() -> None:
     # Sorted .005 .01 .03 .04: times 4 3 2 1 = .02 .03 .06 .04, made to rise: .02 .03 .06 .06.
     p_values = pd.Series([0.01, 0.04, 0.03, 0.005, np.nan], index=list("abcde"))
