@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,7 @@ def run(
                 f"the run folder {folder.name!r} has no readable predictions.parquet. "
                 "Finish that run first."
             ) from None
-        shared = taken & set(table["init"])
-        label_of = {
-            init: f"{init} ({folder.name})" if init in shared else init
-            for init in table["init"].unique()
-        }
+        label_of = {init: _free(init, folder.name, taken) for init in table["init"].unique()}
         table["init"] = table["init"].map(label_of)
         taken |= set(table["init"])
         loaded = noted_inits(folder)
@@ -120,6 +117,16 @@ def run(
     comparisons = tabulate(out, predictions, statistics or StatisticsConfig(), metrics)
     build_report(out)
     return comparisons
+
+
+def _free(init: str, folder: str, taken: Collection[str]) -> str:
+    """Return an init's label with the folder's name, and a number, where the label is taken."""
+    named = itertools.chain([init, f"{init} ({folder})"], _numbered(init, folder))
+    return next(label for label in named if label not in taken)
+
+
+def _numbered(init: str, folder: str) -> Iterator[str]:
+    return (f"{init} ({folder} {number})" for number in itertools.count(2))
 
 
 def _metrics_of(folder: Path) -> dict[str, str]:

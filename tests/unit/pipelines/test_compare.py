@@ -51,6 +51,15 @@ def test_the_inits_of_all_runs_are_compared_with_one_reference(runs: list[Path],
     assert "Test patients needed" in text
 
 
+def test_run_folders_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path):
+    same = [tmp_path / place / "run" for place in "abc"]
+    for folder in same:
+        shutil.copytree(runs[0], folder)
+    table = run(same, tmp_path / "out", statistics=QUICK).set_index("init")
+    others = [name for name in table.index if "(run" in name]
+    assert {name.split("(")[1] for name in others} == {"run)", "run 2)"}
+
+
 def test_neither_torch_nor_monai_is_imported_to_compare(runs: list[Path], tmp_path: Path) -> None:
     code = (
         "import sys; from medssl.cli import cli\n"
