@@ -96,6 +96,8 @@ def test_a_matrix_killed_ten_times_ends_with_the_predictions_of_an_undisturbed_o
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_workers_of_a_ray_cluster_give_the_predictions_of_local_ones(place: Path):
     pytest.importorskip("ray")
     changes = ["matrix.executor.name=ray", "matrix.executor.num_workers=2"]
