@@ -27,6 +27,7 @@ from training import tiny_backbone
 
 CROP = {2: (12, 12), 3: (10, 10, 10)}
 every_task = pytest.mark.parametrize("name", DOWNSTREAM_TASKS.names())
+DENSE = ("segmentation", "landmarks")
 both_dims = pytest.mark.parametrize("dims", [2, 3])
 
 
@@ -118,8 +119,15 @@ def test_the_network_answers_and_every_backbone_parameter_gets_a_gradient(folder
         assert torch.isfinite(value)
 
 
-@every_task
-@both_dims
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        # Decoders in 3D take a quarter of a minute each.
+        pytest.param(name, dims, marks=[pytest.mark.slow] if dims == 3 and name in DENSE else [])
+        for name in DOWNSTREAM_TASKS.names()
+        for dims in (2, 3)
+    ],
+)
 def test_one_batch_can_be_overfitted(folders, name, dims):
     task = trained_on_all(name, folders[dims], dims)
     network = network_of(task)
