@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,9 @@ from medssl.models.heads import PooledHead
 from medssl.scans.index import Index
 from medssl.scans.labels import By, LabelTable, read_class_folders, read_label_table
 from medssl.transforms.sampling import Sample
+
+_FEW_CLASSES = 3
+"""So few may have one patient each by chance, in a trial."""
 
 
 class Config(DownstreamConfig):
@@ -86,6 +90,7 @@ class Classification(DownstreamTask):
                 f"classification needs two classes or more; {where} holds "
                 f"{len(set(names.values()))}. Check the labels, or the scans that were rejected."
             )
+        _check_no_patients(index, names)
         self.metric = config.metric
         self.targets: Mapping[str, tuple[float, ...]] = {
             scan_key: (float(self.classes.index(name)),) for scan_key, name in names.items()
@@ -130,6 +135,28 @@ def _read(config: Config, index: Index) -> LabelTable:
         id_column=config.id_column,
         label_column=config.label_column,
     )
+
+
+def _check_no_patients(index: Index, classes: Mapping[str, str]) -> None:
+    """Refuse classes that are patients: their names would stand in tables and reports.
+
+    Args:
+        index: the scans.
+        classes: by scan key.
+
+    Raises:
+        LabelError: every class holds the scans of one patient.
+    """
+    owners = dict(zip(index.accepted["scan_key"], index.accepted["patient_key"], strict=True))
+    patients: dict[str, set[str]] = defaultdict(set)
+    for scan_key, name in classes.items():
+        patients[name].add(owners[scan_key])
+    if len(patients) > _FEW_CLASSES and all(len(each) == 1 for each in patients.values()):
+        raise LabelError(
+            f"each of the {len(patients)} classes has scans of one patient alone, as if they were "
+            "named after patients, and names of classes are shown in reports. Give folders, or a "
+            "column, of classes."
+        )
 
 
 def _class_name(label: str | float) -> str:

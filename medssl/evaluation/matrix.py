@@ -185,19 +185,20 @@ def read_notes(folder: Path, cell: Cell) -> CellNotes:
     return notes
 
 
-def in_turn(cells: Sequence[Cell], shared: Callable[[Cell], object]) -> list[Cell]:
+def in_turn(cells: Sequence[Cell], shared: Callable[[Cell], tuple[Any, ...]]) -> list[Cell]:
     """Return cells in the order in which they are handed out.
 
     The first cell of each group that shares features comes before all others, so that processes
-    compute features of different groups, and none waits for another's.
+    compute features of different groups, and none waits for another's. Then one group follows the
+    other, so that a process holds the features of one.
     """
-    seen: set[object] = set()
+    seen: set[tuple[Any, ...]] = set()
     first: list[Cell] = []
     rest: list[Cell] = []
     for cell in cells:
         (rest if shared(cell) in seen else first).append(cell)
         seen.add(shared(cell))
-    return [*first, *rest]
+    return [*first, *sorted(rest, key=lambda cell: (shared(cell), cell))]
 
 
 def attempt(run_cell: Callable[[Cell], None], cell: Cell) -> Outcome:

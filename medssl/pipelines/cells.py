@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ class CellWork:
     def __init__(self, evaluation: Evaluation, folder: Path, feature_folder: Path) -> None:
         self.evaluation = evaluation
         self.folder, self.feature_folder = folder.absolute(), feature_folder.absolute()
-        self._setting: tuple[tuple[str, str], Setting] | None = None
+        self._setting: tuple[tuple[Any, ...], Setting] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_setting": None}
@@ -163,11 +164,12 @@ class CellWork:
         )  # fmt: skip
 
     def setting(self, cell: Cell) -> Setting:
-        """Return the setting of a cell; the last one's is kept, with its features."""
-        wanted = (cell.task, cell.init)
+        """Return the setting of a cell; the last one's is kept, with one backbone's features."""
+        wanted = (cell.task, *self.evaluation.shared(cell))
         if self._setting is None or self._setting[0] != wanted:
             self._setting = None  # its features are let go first
-            self._setting = wanted, self.evaluation.setting(*wanted, self.feature_folder)
+            setting = self.evaluation.setting(cell.task, cell.init, self.feature_folder)
+            self._setting = wanted, setting
         return self._setting[1]
 
 
@@ -184,14 +186,17 @@ def _threads(evaluation: Evaluation) -> Iterator[None]:
 
 
 class _Listener(logging.Handler):
-    """Keeps the text of warnings."""
+    """Keeps the text of this thread's warnings; those of others (tracking) go on as ever."""
 
     def __init__(self, texts: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self._texts = texts
+        self._texts, self._thread = texts, threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._texts.append(record.getMessage())
+        if record.thread == self._thread:
+            self._texts.append(record.getMessage())
+        else:
+            logging.getLogger().handle(record)
 
 
 @contextmanager

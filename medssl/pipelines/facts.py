@@ -55,7 +55,7 @@ def data_facts(
         "pretraining_pool": len(pretraining_pool),
         "test_patients_in_pool": leakage.patients,
         "test_images_elsewhere": leakage.images,
-        "test_images_repeated": leakage.repeated,
+        "test_images_repeated": len(leakage.repeated),
         "inits_not_looked_into": list(leakage.unknown),
         "index_digest": index.digest,
         "store_digest": store.digest,

@@ -42,15 +42,31 @@ class Leakage:
         patients: test patients that some init was pretrained on, by key.
         images: test scans whose image is also a training, validation or pretraining scan of
             another patient.
-        repeated: test scans that show the same image as one of another test patient.
+        repeated: test scans, by key, that show the same image as one of another test patient.
         unknown: inits whose pretraining images nobody can look at: no hashes lie beside their
             checkpoint, which was exported or copied without them.
     """
 
     patients: int = 0
     images: int = 0
-    repeated: int = 0
+    repeated: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+    def warn(self) -> None:
+        """Log what makes results less sure than they look."""
+        for label in self.unknown:
+            log.warning(
+                "init %r: no hashes of the images it was pretrained on lie beside its checkpoint, "
+                "so copies of test images under other names cannot be found there; test patients "
+                "are looked for by key alone.",
+                label,
+            )
+        if self.repeated:
+            log.warning(
+                "%d scans of test patients show the same images as those of other test patients "
+                "(%s): intervals take them for more people than they are.",
+                len(self.repeated), name_some(self.repeated),
+            )  # fmt: skip
 
 
 def check_leakage(
@@ -102,12 +118,6 @@ def check_leakage(
             continue
         if not hashes_beside(folder).is_file():
             unknown.append(label)
-            log.warning(
-                "init %r: no hashes of the images it was pretrained on lie beside its checkpoint, "
-                "so copies of test images under other names cannot be found there; test patients "
-                "are looked for by key alone.",
-                label,
-            )
         seen = {of_test[n] for n, _, _ in same_images(known, kept_hashes(hashes_beside(folder)))}
         if seen and not (allow_images or allow_patients):
             raise LeakageError(
@@ -123,13 +133,7 @@ def check_leakage(
         and store.listed(of_test[first]).patient_key != store.listed(of_test[second]).patient_key
         for position in (first, second)
     }
-    if repeated:
-        log.warning(
-            "%d scans of test patients show the same images as those of other test patients (%s): "
-            "intervals take them for more people than they are.",
-            len(repeated), name_some(sorted(repeated)),
-        )  # fmt: skip
-    return Leakage(patients, len(images), len(repeated), tuple(unknown))
+    return Leakage(patients, len(images), tuple(sorted(repeated)), tuple(unknown))
 
 
 def overlap_with_pretraining(

@@ -280,6 +280,7 @@ def evaluate(
         allow_images=section.allow_duplicated_images,
         progress=progress,
     )  # fmt: skip
+    leakage.warn()
     facts = data_facts(
         evaluation.index,
         evaluation.store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return build_index(IndexConfig(folder=folder / "images", executor="local"), folder / "index")
 
 
-def table(folder: Path, labels: list[Any], names: tuple[str, ...] = NAMES) -> Path:
+def table(folder: Path, labels: Sequence[Any], names: tuple[str, ...] = NAMES) -> Path:
     path = folder / "labels.csv"
     rows = [f"{name}.nii.gz,{label}" for name, label in zip(names, labels, strict=False)]
     path.write_text("\n".join(["scan,label", *rows]) + "\n")
@@ -92,6 +93,15 @@ def test_a_value_that_is_none_of_the_classes_is_refused(index: Index, tmp_path: 
         "Add them to classes, mend the labels, or leave such scans out (unlisted: leave_out)."
     )
     assert refused.value.exit_code == 3
+
+
+def test_classes_that_are_patients_are_refused_since_reports_show_their_names(
+    index: Index, tmp_path: Path
+):
+    with pytest.raises(LabelError) as refused:
+        task(index, table(tmp_path, NAMES))
+    assert str(refused.value).startswith("each of the 4 classes has scans of one patient alone")
+    assert not any(name in str(refused.value) for name in NAMES)
 
 
 def test_another_metric_than_the_three_is_refused(tmp_path: Path):

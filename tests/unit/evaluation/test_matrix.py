@@ -120,6 +120,12 @@ def test_the_first_cells_that_compute_features_come_before_those_that_reuse_them
     assert turns[4:] == [cell for cell in cells() if cell not in turns[:4]]
 
 
+def test_cells_with_the_same_features_follow_each_other():
+    turns = in_turn(cells(), lambda cell: (cell.task, cell.init, cell.seed))
+    groups = [key for key, _ in groupby(turns[8:], key=lambda c: (c.task, c.init, c.seed))]
+    assert len(groups) == len(set(groups)) == 8
+
+
 def test_a_cell_that_fails_costs_no_other_its_result(tmp_path: Path):
     bad = cells()[5]
     ran, failed, told = run(cells(), tmp_path, failing=[bad])
