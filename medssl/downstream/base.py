@@ -181,11 +181,3 @@ class DownstreamTask(ABC):
             logits: of all slices of the scan (B, K[, X, Y]) or of the volume (1, K[, X, Y, Z]).
             masks: the label masks (B, X, Y[, Z]) where the task has any.
         """
-
-
-def labelled(sample: Sample, target: Tensor) -> DownstreamBatch:
-    """Return the batch of what was read and its target, which is on the host."""
-    device = sample.images.device
-    if device.type == "cuda":
-        target = target.pin_memory()
-    return DownstreamBatch(sample.images, target.to(device, non_blocking=True))

@@ -7,23 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from medssl.downstream.base import (
-    DownstreamBatch,
-    DownstreamConfig,
-    DownstreamTask,
-    labelled,
-)
+from medssl.downstream._per_scan import ScanTask
+from medssl.downstream.base import DownstreamBatch, DownstreamConfig
 from medssl.errors import LabelError
-from medssl.models.backbones.base import Backbone
-from medssl.models.heads import PooledHead
 from medssl.scans.index import Index
 from medssl.scans.labels import By, LabelTable, read_class_folders, read_label_table
-from medssl.transforms.sampling import Sample
 
 _FEW_CLASSES = 3
 """So few may have one patient each by chance, in a trial."""
@@ -61,12 +53,11 @@ class Config(DownstreamConfig):
         return self
 
 
-class Classification(DownstreamTask):
+class Classification(ScanTask):
     """Predict the class of a scan."""
 
     kind = "classification"
     answer = "class"
-    dense = False
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
         super().__init__(config, spatial_dims, index)
@@ -96,31 +87,21 @@ class Classification(DownstreamTask):
             scan_key: (float(self.classes.index(name)),) for scan_key, name in names.items()
         }
 
-    @property
-    def num_outputs(self) -> int:
-        return len(self.classes)
-
-    def build_head(self, backbone: Backbone) -> nn.Module:
-        return PooledHead(backbone.stages[-1].channels, self.num_outputs)
-
-    def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
-        classes = torch.tensor([int(self.targets[key][0]) for key in sample.scan_keys])
-        return labelled(sample, classes)
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
-        logits: Tensor = head(backbone.embed(batch.inputs))
-        return logits
-
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
-        return functional.cross_entropy(output.float(), batch.target)
+        return functional.cross_entropy(output.float(), _class_of(batch))
 
     def metrics(self, output: Tensor, batch: DownstreamBatch) -> dict[str, Tensor]:
-        return {"accuracy": (output.argmax(1) == batch.target).float().mean()}
+        return {"accuracy": (output.argmax(1) == _class_of(batch)).float().mean()}
 
     def case_scores(self, logits: Tensor, masks: Tensor | None) -> list[float]:
         """Return the class probabilities, the mean over the slices of the scan."""
         probabilities: list[float] = logits.float().softmax(1).mean(0).tolist()
         return probabilities
+
+
+def _class_of(batch: DownstreamBatch) -> Tensor:
+    """Return the class numbers (B,) int64."""
+    return batch.target[:, 0].long()
 
 
 def _read(config: Config, index: Index) -> LabelTable:

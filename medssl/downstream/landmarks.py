@@ -8,8 +8,7 @@ over a whole case is read off at the peak, and the distance to the point is told
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -18,19 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from medssl.downstream._windows import in_windows
-from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
+from medssl.downstream._per_voxel import VoxelConfig, VoxelTask
+from medssl.downstream.base import DownstreamBatch
 from medssl.errors import LabelError
-from medssl.models.backbones.base import Backbone
-from medssl.models.decoders import UNetDecoder
 from medssl.scans.index import Index
 from medssl.scans.labels import By
 from medssl.scans.masks import MaskFolder
 from medssl.scans.points import PointSource, voxel_of
 from medssl.transforms.cases import Case
-from medssl.transforms.sampling import Sample, SampleRequest
+from medssl.transforms.sampling import Sample
 
 _PEAK_SIGMAS = 2.0
 """The centre of mass is taken within so many standard deviations of the highest voxel."""
@@ -38,7 +35,7 @@ _PEAK_SIGMAS = 2.0
 _EPSILON = 1e-6
 
 
-class Config(DownstreamConfig):
+class Config(VoxelConfig):
     """Configuration of a landmark task; give either ``table`` or ``masks``.
 
     Attributes:
@@ -50,8 +47,6 @@ class Config(DownstreamConfig):
         masks: folder of masks; the points are the centroids of their values 1, 2, …
         classes: the points in order; sorted from the table by default, needed with masks.
         sigma_mm: standard deviation of the Gaussian that is drawn around a point.
-        mask: the name under which the points are kept in the store.
-        min_foreground: least share of a training crop that is not air.
         metric: the primary metric, fixed before anything runs.
     """
 
@@ -65,7 +60,6 @@ class Config(DownstreamConfig):
     classes: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=255)
     sigma_mm: float = Field(default=4.0, gt=0)
     mask: str = "landmarks"
-    min_foreground: float = Field(default=0.1, ge=0, le=1)
     metric: Literal["radial_error_mm", "success_rate_4mm"] = "radial_error_mm"
 
     @model_validator(mode="after")
@@ -84,12 +78,11 @@ class Config(DownstreamConfig):
         )  # fmt: skip
 
 
-class Landmarks(DownstreamTask):
+class Landmarks(VoxelTask):
     """Find points in a scan."""
 
     kind = "landmarks"
     answer = "numbers"
-    dense = True
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
         super().__init__(config, spatial_dims, index)
@@ -114,15 +107,9 @@ class Landmarks(DownstreamTask):
     def masks(cls, config: Config) -> dict[str, MaskFolder | PointSource]:
         return {config.mask: config.source()}
 
-    def request(self, base: SampleRequest) -> SampleRequest:
-        return replace(base, mask=self.config.mask, min_foreground=self.config.min_foreground)
-
     @property
     def num_outputs(self) -> int:
         return len(self.classes)
-
-    def build_head(self, backbone: Backbone) -> nn.Module:
-        return UNetDecoder(backbone, out_channels=self.num_outputs)
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
         """Return images and heatmaps (B, K, X, Y[, Z]); NaN where a scan's point is unknown."""
@@ -138,18 +125,6 @@ class Landmarks(DownstreamTask):
         )
         known = known.reshape(*known.shape, *(1,) * (heatmaps.ndim - 2))
         return DownstreamBatch(sample.images, torch.where(known, heatmaps, math.nan))
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
-        heatmaps: Tensor = head(backbone(batch.inputs), tuple(batch.inputs.shape[2:]))
-        return heatmaps
-
-    def infer(
-        self,
-        network: Callable[[DownstreamBatch], Tensor],
-        images: Tensor,
-        crop_size: tuple[int, ...],
-    ) -> Tensor:
-        return in_windows(network, images, crop_size)
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         """Return the mean squared error over all voxels, plus that around the points.

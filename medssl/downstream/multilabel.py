@@ -8,17 +8,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from medssl.downstream.base import DownstreamBatch, DownstreamTask, TableConfig, labelled
+from medssl.downstream._per_scan import ScanTask
+from medssl.downstream.base import DownstreamBatch, TableConfig
 from medssl.errors import LabelError
-from medssl.models.backbones.base import Backbone
-from medssl.models.heads import PooledHead
 from medssl.scans.index import Index
 from medssl.scans.label_report import LabelReport
 from medssl.scans.labels import read_label_columns
-from medssl.transforms.sampling import Sample
 
 _MEANING = {
     "1": 1.0, "yes": 1.0, "true": 1.0, "y": 1.0,
@@ -54,12 +52,11 @@ class Config(TableConfig):
         return columns
 
 
-class Multilabel(DownstreamTask):
+class Multilabel(ScanTask):
     """Predict which labels a scan has."""
 
     kind = "multilabel"
     answer = "labels"
-    dense = False
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
         super().__init__(config, spatial_dims, index)
@@ -86,20 +83,6 @@ class Multilabel(DownstreamTask):
         """Return the rarest label that the scan has, so that splits share out rare labels."""
         target = self.targets[scan_key]
         return next((label for label in self._rarest_first if target[label] == 1), -1)
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.classes)
-
-    def build_head(self, backbone: Backbone) -> nn.Module:
-        return PooledHead(backbone.stages[-1].channels, self.num_outputs)
-
-    def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
-        return labelled(sample, torch.tensor([self.targets[key] for key in sample.scan_keys]))
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
-        logits: Tensor = head(backbone.embed(batch.inputs))
-        return logits
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         """Return the mean binary cross-entropy over all labels that are known."""

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssl.downstream.base import DownstreamBatch, DownstreamTask, TableConfig, labelled
+from medssl.downstream._per_scan import ScanTask
+from medssl.downstream.base import DownstreamBatch, TableConfig
 from medssl.errors import LabelError
 from medssl.models.backbones.base import Backbone
 from medssl.models.heads import PooledHead
 from medssl.scans.index import Index
 from medssl.scans.labels import read_label_columns
-from medssl.transforms.sampling import Sample
 
 _STRATA = 4
 """Parts of equal size into which the numbers are divided for splits: quarters."""
@@ -46,7 +46,7 @@ class Config(TableConfig):
     metric: Literal["mae", "rmse", "r2", "pearson"] = "mae"
 
 
-class Regression(DownstreamTask):
+class Regression(ScanTask):
     """Predict a number of a scan.
 
     Attributes:
@@ -55,8 +55,6 @@ class Regression(DownstreamTask):
 
     kind = "regression"
     answer = "numbers"
-    dense = False
-    num_outputs = 1
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
         super().__init__(config, spatial_dims, index)
@@ -103,13 +101,6 @@ class Regression(DownstreamTask):
     def build_head(self, backbone: Backbone) -> nn.Module:
         mean, deviation = self._scale()
         return _NumberHead(backbone.stages[-1].channels, mean, deviation)
-
-    def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
-        return labelled(sample, torch.tensor([self.targets[key] for key in sample.scan_keys]))
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
-        numbers: Tensor = head(backbone.embed(batch.inputs))
-        return numbers
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         """Return the mean squared error in units of the training numbers' deviation."""

@@ -7,27 +7,24 @@ sees a case as it saw it in training: in windows of the crops' size, laid over e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from monai.losses import DiceCELoss
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from medssl.downstream._windows import in_windows
-from medssl.downstream.base import DownstreamBatch, DownstreamConfig, DownstreamTask
-from medssl.models.backbones.base import Backbone
-from medssl.models.decoders import UNetDecoder
+from medssl.downstream._per_voxel import VoxelConfig, VoxelTask
+from medssl.downstream.base import DownstreamBatch
 from medssl.scans.index import Index
 from medssl.scans.masks import MaskFolder, match_masks
 from medssl.scans.points import PointSource
-from medssl.transforms.sampling import Sample, SampleRequest
+from medssl.transforms.sampling import Sample
 
 
-class Config(DownstreamConfig):
+class Config(VoxelConfig):
     """Configuration of a segmentation task.
 
     Attributes:
@@ -35,23 +32,19 @@ class Config(DownstreamConfig):
             segmentation of its series (or a ``masks.csv`` that says which).
         classes: names of the mask's values 1, 2, …, as a segmentation's segments are labelled; 0
             is background.
-        mask: the name under which the masks are kept in the store.
-        min_foreground: least share of a training crop that is not air.
     """
 
     name: Literal["segmentation"] = "segmentation"
     masks: Path
     classes: tuple[str, ...] = Field(min_length=1)
     mask: str = "segmentation"
-    min_foreground: float = Field(default=0.1, ge=0, le=1)
 
 
-class Segmentation(DownstreamTask):
+class Segmentation(VoxelTask):
     """Predict the class of every voxel."""
 
     kind = "segmentation"
     answer = "class"
-    dense = True
     metric = "dice"
 
     def __init__(self, config: Config, spatial_dims: int, index: Index) -> None:
@@ -68,32 +61,14 @@ class Segmentation(DownstreamTask):
     def masks(cls, config: Config) -> dict[str, MaskFolder | PointSource]:
         return {config.mask: MaskFolder(config.masks, config.classes)}
 
-    def request(self, base: SampleRequest) -> SampleRequest:
-        return replace(base, mask=self.config.mask, min_foreground=self.config.min_foreground)
-
     @property
     def num_outputs(self) -> int:
         return len(self.classes) + 1
-
-    def build_head(self, backbone: Backbone) -> nn.Module:
-        return UNetDecoder(backbone, out_channels=self.num_outputs)
 
     def batch_of(self, sample: Sample, generator: torch.Generator) -> DownstreamBatch:
         if sample.masks is None:
             raise ValueError("the sampler was not asked for masks")
         return DownstreamBatch(sample.images, sample.masks)
-
-    def forward(self, backbone: Backbone, head: nn.Module, batch: DownstreamBatch) -> Tensor:
-        logits: Tensor = head(backbone(batch.inputs), tuple(batch.inputs.shape[2:]))
-        return logits
-
-    def infer(
-        self,
-        network: Callable[[DownstreamBatch], Tensor],
-        images: Tensor,
-        crop_size: tuple[int, ...],
-    ) -> Tensor:
-        return in_windows(network, images, crop_size)
 
     def loss(self, output: Tensor, batch: DownstreamBatch) -> Tensor:
         loss: Tensor = self._loss(output.float(), batch.target[:, None])
