@@ -14,7 +14,7 @@ from types import TracebackType
 
 from medssl.errors import MachineError
 from medssl.executors._outcomes import pack_loss
-from medssl.executors._server import worker_context
+from medssl.executors._server import unimportable_main, worker_context
 from medssl.executors._window import AHEAD, Job, in_order
 from medssl.executors._worker import OUTCOME, READY, UNUSABLE, serve
 from medssl.executors.base import Guard, Loss
@@ -132,8 +132,10 @@ class Crew:
         process = context.Process(
             target=serve, args=(theirs, self._function, self._guard), daemon=True
         )
+        is_of_main = b"__main__" in self._function  # pickled by the name of its module
         try:
-            process.start()
+            with unimportable_main(wanted=not is_of_main):
+                process.start()
         except (OSError, EOFError) as error:
             ours.close()
             raise _cannot_start() from error
@@ -214,6 +216,6 @@ class Crew:
 
 def _cannot_start() -> MachineError:
     return MachineError(
-        "worker processes cannot start. In a script, put the call under "
+        "worker processes cannot start. In a script that defines what they run, put the call under "
         "`if __name__ == '__main__':`; or set num_workers: 0 to work in one process."
     )

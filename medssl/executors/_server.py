@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,3 +56,26 @@ def _one_thread() -> Iterator[None]:
     finally:
         for name in missing:
             del os.environ[name]
+
+
+@contextmanager
+def unimportable_main(*, wanted: bool) -> Iterator[None]:
+    """Keep processes that are started here from importing the main module again, if wanted.
+
+    multiprocessing imports it in every worker, which runs a script or notebook from its top unless
+    all of it stands under ``if __name__ == "__main__":``. Only functions defined there need it.
+    """
+    main = sys.modules["__main__"]
+    names: tuple[str, ...] = ("__file__", "__spec__")
+    hidden = {name: vars(main)[name] for name in names if name in vars(main)}
+    if not wanted or not hidden:
+        yield
+        return
+    with _STARTING:
+        main.__spec__ = None
+        if "__file__" in hidden:
+            del main.__file__
+        try:
+            yield
+        finally:
+            vars(main).update(hidden)

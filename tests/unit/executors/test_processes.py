@@ -124,12 +124,26 @@ def test_abandoned_map_leaves_no_worker(tmp_path):
     assert "True" not in done.stdout
 
 
-def test_unguarded_script_is_told_what_to_do(tmp_path):
+UNGUARDED = """
+from medssl.executors.local import Config, LocalExecutor
+print("top")
+def own(number):
+    return abs(number)
+print(list(LocalExecutor(Config(num_workers=1)).map({}, [-1])))
+print(__file__, __spec__)
+"""
+
+
+def test_workers_do_not_run_an_unguarded_script_again(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        "from medssl.executors.local import Config, LocalExecutor\n"
-        "print(list(LocalExecutor(Config(num_workers=1)).map(abs, [-1])))\n"
-    )
+    script.write_text(UNGUARDED.format("abs"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["top", "[1]", f"{script} None"], done.stderr
+
+
+def test_an_unguarded_script_whose_function_they_run_is_told_what_to_do(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED.format("own"))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "put the call under `if __name__ == '__main__':`" in done.stderr
