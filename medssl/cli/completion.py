@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 PROGRAM = "medssl"
 VARIABLE = "_MEDSSL_COMPLETE"
@@ -30,7 +33,7 @@ REGISTRIES = {
 _MOST_OFFERED = 200
 """Files or folders that are looked through at one press of the key."""
 
-Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+Completer = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
 
 def component_names(kind: str) -> list[str]:
@@ -44,9 +47,7 @@ def components(kind: str) -> Completer:
     """Return a completer for the names of a kind of component."""
 
     def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [
-            CompletionItem(name) for name in component_names(kind) if name.startswith(incomplete)
-        ]
+        return words(component_names(kind), incomplete)
 
     return complete
 
@@ -57,24 +58,34 @@ def config_files(_: click.Context, __: click.Parameter, incomplete: str) -> list
     patterns = ("*.yaml", "*.yml", "configs/*/*.yaml")
     found = (str(path) for pattern in patterns for path in here.glob(pattern))
     fitting = [path for path in islice(found, _MOST_OFFERED) if path.startswith(incomplete)]
-    return [CompletionItem(path) for path in sorted(fitting)] or _whatever(incomplete, "file")
+    return [_item(path) for path in sorted(fitting)] or _whatever(incomplete, "file")
 
 
 def run_folders(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the run folders in runs/; else whatever folders the shell finds."""
     found = (str(path.parent) for path in Path("runs").glob("*/config.yaml"))
     fitting = [path for path in islice(found, _MOST_OFFERED) if path.startswith(incomplete)]
-    return [CompletionItem(path) for path in sorted(fitting)] or _whatever(incomplete, "dir")
+    return [_item(path) for path in sorted(fitting)] or _whatever(incomplete, "dir")
+
+
+def _item(value: str, kind: str = "plain") -> CompletionItem:
+    from click.shell_completion import CompletionItem  # at every start it would cost 10 ms
+
+    return CompletionItem(value, type=kind)
+
+
+def words(candidates: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    """Return those of the candidates that go on from what was typed."""
+    return [_item(word) for word in candidates if word.startswith(incomplete)]
 
 
 def _whatever(incomplete: str, kind: str) -> list[CompletionItem]:
-    return [CompletionItem(incomplete, type=kind)]
+    return [_item(incomplete, kind)]
 
 
 def config_kinds(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the kinds of config files."""
-    kinds = ("index", "prepare", "pretrain", "transfer", "study")
-    return [CompletionItem(kind) for kind in kinds if kind.startswith(incomplete)]
+    return words(("index", "prepare", "pretrain", "transfer", "study"), incomplete)
 
 
 _PLACES = {
@@ -97,6 +108,8 @@ _PLACES = {
 
 def script(shell: str) -> str:
     """Return the script that a shell needs, and where to put it, as its comment."""
+    from click.shell_completion import get_completion_class
+
     found = get_completion_class(shell)
     if found is None:
         raise ValueError(shell)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -81,6 +79,8 @@ def _fail(
 def _answer(kind: str, message: str, code: int) -> None:
     """Print an error as the one JSON document of a command that was asked for one."""
     if code and _asked("--json") and first_to_end():
+        import json
+
         document = {"error": {"kind": kind, "message": message, "exit_code": code}}
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
             click.echo(json.dumps(document, indent=2))
@@ -88,6 +88,8 @@ def _answer(kind: str, message: str, code: int) -> None:
 
 def _end(error: BaseException, code: int) -> NoReturn:
     if _asked("--debug") and not isinstance(error, click.Abort | KeyboardInterrupt | Terminated):
+        import traceback
+
         traceback.print_exception(error)
     sys.exit(code)
 
@@ -123,6 +125,8 @@ def _unforeseen(error: Exception) -> str:
             "no space left on the disk. "
             "Free some space and start the same command again: it resumes."
         )
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "medssl" in Path(frame.filename).parts] or frames
     where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"

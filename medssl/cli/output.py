@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +21,8 @@ def show_progress(as_json: bool = False) -> Any:
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command."""
+    import json
+
     click.echo(json.dumps(document, indent=2, default=str))
 
 
@@ -43,6 +44,8 @@ def print_facts(facts: Mapping[str, Any], as_json: bool, depth: int = 0) -> None
 
 def print_study(folder: Path, as_json: bool) -> None:
     """Print a finished study's verdicts and where its report is."""
+    import json
+
     from medssl.reports.tables import verdict_lines
 
     facts_file = folder / "data.json"

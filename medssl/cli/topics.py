@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import click
-from click.shell_completion import CompletionItem
+from typing import TYPE_CHECKING
 
+import click
+
+from medssl.cli.completion import words as fitting
 from medssl.cli.options import EXIT_CODES
 from medssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 ENVIRONMENT = {
     "MEDSSL_DATA_MIRROR": "folder with the public data sets; datasets fetch takes them from there",
@@ -78,4 +83,4 @@ def complete(context: click.Context, _: click.Parameter, incomplete: str) -> lis
     """Offer commands and topics."""
     root = context.find_root().command
     commands = list(root.commands) if isinstance(root, click.Group) else []
-    return [CompletionItem(word) for word in [*commands, *topics()] if word.startswith(incomplete)]
+    return fitting([*commands, *topics()], incomplete)
