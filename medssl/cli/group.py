@@ -8,6 +8,7 @@ from medssl import __version__
 from medssl.cli import (
     config_files,
     machine,
+    new_study,
     public_data,
     puzzles,
     results,
@@ -22,7 +23,7 @@ from medssl.training.launch import by_torchrun, launched
 _ANYWHERE = ("--debug", "--quiet")
 
 _SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Start": (machine.doctor, public_data.datasets),
+    "Start": (machine.doctor, new_study.init, public_data.datasets),
     "Run": (runs.study, runs.pretrain, runs.transfer, runs.slurm),
     "Scans": (scans.index, scans.audit, scans.inspect, scans.prepare),
     "Results": (
