@@ -44,7 +44,7 @@ def list_(kind: str, as_json: bool) -> None:
     cls=Command,
     examples=[
         "medssl doctor",
-        "medssl doctor --disk /data/prepared",
+        "medssl doctor --disk /tmp",
         "medssl doctor configs/studies/demo.yaml",
     ],
     writes="For a moment, a file of 64 MB on the disk that is measured.",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {
     "MEDSSL_DATA_MIRROR": "folder with the public data sets; datasets fetch takes them from there",
+    "MEDSSL_CACHE": "folder for checkpoints that come from MLflow's registry; ~/.cache/medssl",
     "MEDSSL_GIT_COMMIT": "commit that provenance.json names, where no git is at hand (containers)",
     "MLFLOW_TRACKING_URI": "MLflow server; by default a database beside the run folder",
     "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD": "its login; never in a config file",
