@@ -55,9 +55,7 @@ def test_names_of_components_are_offered():
     assert offered("export", "x", "--format", incomplete="on") == ["onnx"]
 
 
-def test_config_files_and_run_folders_are_offered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_config_files_and_run_folders_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name in ("ours.yaml", "configs/studies/demo.yaml", "runs/first/config.yaml", "runs/no/x"):
         path = tmp_path / name
