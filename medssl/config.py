@@ -204,12 +204,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, not YAML, empty, or gives a key twice.
     """
     if not path.is_file():
+        if path.is_dir():
+            raise ConfigError(
+                f"{path.name!r} is a folder; give a config file. `medssl init FOLDER` writes one "
+                "for a folder of scans."
+            )
         raise ConfigError(f"there is no config file {path.name!r} at the path given.")
     try:
         # A loader derived from SafeLoader: builds plain data only.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeyLoader)  # noqa: S506
     except UnicodeDecodeError:
-        raise ConfigError(f"{path.name} is not UTF-8 text.") from None
+        raise ConfigError(
+            f"{path.name} is not UTF-8 text. Save it as UTF-8 in your editor; from Windows' usual "
+            f"encoding: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > new.yaml"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path.name} cannot be read: {error.strerror}. Check its permissions."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}," if mark else ""

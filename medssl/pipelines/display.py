@@ -1,9 +1,10 @@
-"""Show progress: bars on a terminal, plain lines elsewhere."""
+"""Show progress: bars on a terminal, plain lines elsewhere, with rates and the time left."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -12,14 +13,49 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 _LINE_SECONDS = 10.0
 """Where there is no terminal, a stage prints a line at most this often, and at its end."""
+
+_LINE_SHARE = 0.05
+"""The longer a stage lasts, the fewer lines: the next comes after so much of the time it took."""
+
+_MOST_LINE_SECONDS = 600.0
+
+
+@dataclass
+class _Stage:
+    """What is known of one stage.
+
+    Attributes:
+        started: when it was first heard of.
+        first: what was done then already, in an earlier start of the command.
+        printed: when the last line came, and what it said was done.
+    """
+
+    started: float
+    first: int
+    printed: tuple[float, int] = field(default=(float("-inf"), -1))
+
+    def rate(self, done: int, now: float) -> float | None:
+        """Return how much is done a second, or None as long as nobody can know."""
+        elapsed = now - self.started
+        return (done - self.first) / elapsed if done > self.first and elapsed > 0 else None
+
+
+class _RateColumn(ProgressColumn):
+    """How much is done a second, or how many seconds one takes."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_rate_in_words(task.finished_speed or task.speed), style="progress.data.speed")
 
 
 class Display:
@@ -34,15 +70,15 @@ class Display:
         self._quiet = quiet
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
-        self._printed: dict[str, tuple[float, int]] = {}
+        self._stages: dict[str, _Stage] = {}
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._quiet:
             self._bars = Progress(
                 TextColumn("{task.description:24}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
+                _RateColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -57,6 +93,10 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        """Leave the terminal alone until more is reported: somebody is asked something."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -65,18 +105,46 @@ class Display:
         if self._quiet:
             return
         if self._bars is not None:
+            if not self._bars.live.is_started:
+                self._bars.start()
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total or None, note="")
+                self._tasks[stage] = self._bars.add_task(
+                    stage, total=total or None, completed=done, note=""
+                )
             self._bars.update(self._tasks[stage], completed=done, total=total or None, note=note)
             return
+        self._print(stage, done, total, note)
+
+    def _print(self, name: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        self._started.setdefault(stage, now)
-        last, printed = self._printed.get(stage, (-_LINE_SECONDS, -1))
+        stage = self._stages.setdefault(name, _Stage(now, done))
+        last, printed = stage.printed
         is_last = bool(total) and done >= total
-        if printed == done or (not is_last and now - last < _LINE_SECONDS):
+        elapsed = now - stage.started
+        pause = min(max(_LINE_SECONDS, _LINE_SHARE * elapsed), _MOST_LINE_SECONDS)
+        if printed == done or (not is_last and now - last < pause):
             return
-        self._printed[stage] = (now, done)
-        elapsed = now - self._started[stage]
-        count = f"{done}/{total}, " if total else f"{done}, " if done else ""
-        text = f"{stage}: {count}{elapsed:.0f} s"
-        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)  # noqa: T201
+        stage.printed = (now, done)
+        count = f"{done}/{total}" if total else f"{done}" if done else ""
+        words = [count, _time_in_words(elapsed)]
+        rate = stage.rate(done, now)
+        if rate is not None and elapsed >= 1:
+            words.append(_rate_in_words(rate))
+            if total and not is_last:
+                words.append(f"{_time_in_words((total - done) / rate)} left")
+        text = f"{name}: {', '.join(word for word in [*words, note] if word)}"
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _rate_in_words(rate: float | None) -> str:
+    """Return a rate so that its number is 1 or more: 3.2/s, or 4.5 s each."""
+    if not rate:
+        return ""
+    return f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.2g} s each"
+
+
+def _time_in_words(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

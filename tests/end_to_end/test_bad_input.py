@@ -474,7 +474,7 @@ def test_a_fault_of_a_library_is_told_without_its_text(
 
     monkeypatch.setattr("medssl.pipelines.study.run", fail)
     failed = command("study", config())
-    check(failed, 1, "Unforeseen RuntimeError in", "medssl --debug", "please report it")
+    check(failed, 1, "Unforeseen RuntimeError in", "with --debug", "please report it")
 
 
 def test_scans_that_differ_from_what_was_indexed(command: Command, tmp_path: Path):
