@@ -347,12 +347,18 @@ def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: b
 
 @cli.command()
 @click.argument("run", type=_PATH)
+@_out("Folder to write it and its figures to. Default: the run folder.")
 @_JSON
-def report(run: Path, as_json: bool) -> None:
-    """Write a run folder's report anew."""
+def report(run: Path, out: Path | None, as_json: bool) -> None:
+    """Write a run folder's report anew.
+
+    \b
+    medssl report runs/demo
+    medssl report /archive/runs/demo --out desk
+    """
     from medssl.reports.html import build_report
 
-    _print({"report": str(build_report(run))}, as_json)
+    _print({"report": str(build_report(run, out))}, as_json)
 
 
 @cli.command()
