@@ -163,7 +163,6 @@ def keep_comparison(
     config = {"runs": list(facts), "statistics": statistics.model_dump(mode="json")}
     provenance = {
         "command": command_line(),
-        "started": _now(),
         "finished": _now(),
         "inits": dict(inits),
         "runs": facts,

@@ -34,6 +34,7 @@ DPI = 200
 WIDTH_INCHES = 4.8  # letters of 9 points stay legible where a phone shows it 343 pixels wide
 _MARKERS = "oD^vPX*<>"
 _SVG_METADATA = ("Date", "Creator", "Format", "Type")
+_MOST_TICKS = 6  # on an axis of differences, whose numbers are long
 _MOST_DOTS = 1500  # of a figure; more would make the page heavy, and are drawn as pixels
 
 
@@ -165,6 +166,7 @@ def draw_effects(axes: Axes, theme: Theme, rows: pd.DataFrame, palette: Palette)
     low, high = axes.get_xlim()
     reach = max(abs(low), abs(high))
     axes.set_xlim(-reach, reach)
+    axes.locator_params(axis="x", nbins=_MOST_TICKS)
     axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
@@ -313,6 +315,7 @@ def draw_patients(
     axes.axvline(0, color=theme.ink, lw=1)
     axes.set_yticks(range(len(differences)), [init_name(init) for init in differences])
     axes.set_ylim(len(differences) - 0.45, -0.55)
+    axes.locator_params(axis="x", nbins=_MOST_TICKS)
     axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
@@ -332,6 +335,7 @@ def _label_ends(
     for number in range(1, len(places)):
         places[number] = max(places[number], places[number - 1] + gap)
     shift = (sum(places) - sum(value for value, _ in ordered)) / max(len(places), 1)
+    shift = min(shift, places[0] - low - gap / 2) if places else 0.0  # not below the axis
     beside = offset_copy(axes.transData, axes.get_figure(root=True), x=12, units="points")
     for (_, init), place in zip(ordered, places, strict=True):
         axes.plot(
