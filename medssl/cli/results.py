@@ -62,8 +62,9 @@ def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: b
     codes=(0, 3, 4),
 )
 @RUN
+@out("Folder to write it and its figures to. Default: the run folder.")
 @JSON
-def report(run: Path, as_json: bool) -> None:
+def report(run: Path, out: Path | None, as_json: bool) -> None:
     """Write a run folder's report anew.
 
     From what the folder holds: after an update of medssl, after a run that was cut short, or on
@@ -71,7 +72,7 @@ def report(run: Path, as_json: bool) -> None:
     """
     from medssl.reports.html import build_report
 
-    print_facts({"report": str(build_report(run))}, as_json)
+    print_facts({"report": str(build_report(run, out))}, as_json)
 
 
 @click.command(

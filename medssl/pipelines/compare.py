@@ -13,9 +13,9 @@ from medssl.atomic import atomic_write
 from medssl.errors import DataError
 from medssl.evaluation.statistics import compare, estimate, labels_saved, learning_curves, power
 from medssl.pipelines import baselines
-from medssl.pipelines.run_folder import RunFolder, keep_inits, noted_inits
+from medssl.pipelines.run_folder import RunFolder, keep_comparison, noted_inits
 from medssl.pipelines.sections import StatisticsConfig
-from medssl.reports.html import build_report
+from medssl.reports.html import build_report, page_to_share
 from medssl.tracking.base import RunHandle
 
 TABLES = ("results", "comparisons", "labels_saved", "learning_curves", "power")
@@ -36,7 +36,8 @@ def conclude(
     handle.artifact(out / "config.yaml")
     for name in TABLES:
         handle.artifact(out / f"{name}.csv")
-    handle.artifact(build_report(out))
+    build_report(out)
+    handle.artifact(page_to_share(out))  # never one with patients' pixels
 
 
 def tabulate(
@@ -111,10 +112,11 @@ def run(
                     f"and {metric} in {folder.name!r}). The metric is fixed before a run: compare "
                     "runs that chose the same."
                 )
+    statistics = statistics or StatisticsConfig()
     predictions = pd.concat(tables, ignore_index=True)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
-    keep_inits(out, reports)  # the report says what each one started from
-    comparisons = tabulate(out, predictions, statistics or StatisticsConfig(), metrics)
+    keep_comparison(out, runs, statistics, reports)  # what the report says beside the numbers
+    comparisons = tabulate(out, predictions, statistics, metrics)
     build_report(out)
     return comparisons
 

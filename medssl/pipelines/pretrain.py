@@ -38,7 +38,7 @@ from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
 from medssl.randomness import derive_seed
-from medssl.reports.html import build_report
+from medssl.reports.html import build_report, page_to_share
 from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
@@ -226,7 +226,7 @@ def _lead(
             folder.finish()
             build_report(out)
             handle.artifact(out / "checkpoints" / "backbone")
-            handle.artifact(out / "report.html")
+            handle.artifact(page_to_share(out))  # never one with patients' pixels
 
 
 def _follow(job: Pretraining, config: PretrainConfig, index: Index, out: Path) -> None:
@@ -353,8 +353,9 @@ def pretrain_backbone(
             row for batch, output in puzzles.examples(result) for row in task.panels(batch, output)
         ]
         save_panels(
-            pictures, [[(panel.image_XY.numpy(), panel.title) for panel in row] for row in rows]
-        )
+            pictures, [[(panel.image_XY.numpy(), panel.title) for panel in row] for row in rows],
+            mode=0o600,  # patients' pixels
+        )  # fmt: skip
     init = init_provenance(job.init, report)
     write_hashes(folder, store, scans_of(store, pool), job.init)
     save_checkpoint(

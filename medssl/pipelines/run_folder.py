@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -141,10 +143,49 @@ def noted_inits(path: Path) -> dict[str, Any]:
     return inits if isinstance(inits, dict) else {}
 
 
-def keep_inits(path: Path, reports: Mapping[str, Any]) -> None:
-    """Keep what other runs loaded into their inits in a folder that only compares them."""
-    content = {**_read_json(path / _PROVENANCE), "inits": dict(reports)}
-    atomic_write(path / _PROVENANCE, json.dumps(content, indent=2) + "\n")
+def keep_comparison(
+    path: Path, runs: Sequence[Path], statistics: Config, inits: Mapping[str, Any]
+) -> None:
+    """Keep how a folder that only compares runs came about: its configuration and provenance.
+
+    Args:
+        path: the folder.
+        runs: the run folders, each with its predictions.
+        statistics: how they are compared.
+        inits: what the runs loaded into their inits, by the labels that these have here.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        name = run.resolve().name
+        numbered = (f"{name} {number}" for number in itertools.count(2))
+        label = next(text for text in itertools.chain([name], numbered) if text not in facts)
+        facts[label] = _facts_of(run)
+    config = {"runs": list(facts), "statistics": statistics.model_dump(mode="json")}
+    provenance = {
+        "command": command_line(),
+        "finished": _now(),
+        "inits": dict(inits),
+        "runs": facts,
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "machine": machine(),
+    }
+    atomic_write(path / _CONFIG, yaml.safe_dump(config, sort_keys=False, width=100))
+    atomic_write(path / _PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+
+
+def _facts_of(run: Path) -> dict[str, Any]:
+    """Return what a comparison says of one of its runs."""
+    noted = _read_json(run / _PROVENANCE)
+    pinned = noted.get("data")
+    with (run / "predictions.parquet").open("rb") as file:
+        predictions = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        **{name: noted.get(name) for name in ("finished", "git_commit", "config_digest")},
+        "splits": pinned.get("splits") if isinstance(pinned, dict) else None,
+        "predictions": predictions,
+        "facts": _read_json(run / "data.json"),
+    }
 
 
 def command_line() -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from medssl import __version__
 from medssl.atomic import atomic_write
+from medssl.reports.appearance import style
 from medssl.reports.audit_tables import (
     Row,
     num_channels,
@@ -23,7 +24,7 @@ from medssl.reports.audit_tables import (
     summarize_index,
     write_csv,
 )
-from medssl.reports.page import data_uri, environment, style
+from medssl.reports.page import data_uri, environment
 from medssl.scans.flags import SHOWS_IDENTITY
 from medssl.scans.index import Index
 

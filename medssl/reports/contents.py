@@ -48,6 +48,8 @@ class Contents:
     Attributes:
         names: what inits are called whose label alone does not say it; see `init_names`.
         validations: of each pretraining, by its name: what its last validation found.
+        num_failed: cells of the matrix that failed.
+        num_cells: cells that are done, in a study that goes on.
     """
 
     folder: Path
@@ -65,6 +67,8 @@ class Contents:
     learning_curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     power: pd.DataFrame = field(default_factory=pd.DataFrame)
     baselines: pd.DataFrame = field(default_factory=pd.DataFrame)
+    num_failed: int = 0
+    num_cells: int = 0
 
     @property
     def reference(self) -> str:
@@ -78,6 +82,11 @@ class Contents:
     def confidence(self) -> float:
         """The level of the intervals, for example 0.95."""
         return 1 - float(self._statistics().get("alpha", 0.05))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the run is meant to evaluate inits: a study, a transfer, or a comparison."""
+        return "inits" in self.config or "runs" in self.config
 
     @property
     def name(self) -> str:
@@ -131,6 +140,8 @@ def read_contents(folder: Path) -> Contents:
         learning_curves=_with_names(_table(folder / "learning_curves.csv"), names),
         power=_with_names(_table(folder / "power.csv"), names),
         baselines=_with_names(_table(folder / "baselines.csv"), names),
+        num_failed=len(_table(folder / "failures.csv")),
+        num_cells=len(list((folder / "cells").glob("*.parquet"))),
     )
 
 

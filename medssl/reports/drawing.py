@@ -15,63 +15,53 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.transforms import offset_copy
 
+from medssl.reports.appearance import LIGHT, Theme, as_file, on_page
 from medssl.reports.contents import Contents, LoggedRun
 from medssl.reports.tables import BETTER, WORSE, init_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DPI = 200
-WIDTH_INCHES = 5.4
+WIDTH_INCHES = 4.8  # letters of 9 points stay legible where a phone shows it 343 pixels wide
 _MARKERS = "oD^vPX*<>"
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one appearance of the page."""
-
-    name: str
-    page: str
-    ink: str
-    faint: str
-    grid: str
-    reference: str
-    baseline: str
-    inits: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light", "#ffffff", "#1c2126", "#5b656e", "#e3e6e8", "#1c2126", "#8a929a",
-    ("#d55e00", "#0072b2", "#009e73", "#aa4499", "#b58900", "#56b4e9"),
-)  # fmt: skip
-DARK = Theme(
-    "dark", "#171b1f", "#e8eaec", "#a3adb6", "#2c3338", "#f4f5f6", "#8a929a",
-    ("#ff9e5e", "#6cb8f0", "#3fd0a4", "#e29bd0", "#f0c75e", "#9fd8ff"),
-)  # fmt: skip
+_SVG_METADATA = ("Date", "Creator", "Format", "Type")
+_MOST_TICKS = 6  # on an axis of differences, whose numbers are long
+_MOST_DOTS = 1500  # of a figure; more would make the page heavy, and are drawn as pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG, for both appearances.
+    """A figure, drawn once.
 
     Attributes:
         name: file name without ending.
         title: what the figure shows, as a heading.
         caption: how to read it.
         alt: its content in words, for those who do not see it.
+        png: the file for slides, in light colours.
+        svg: the file for papers, in light colours, with its text as text.
     """
 
     name: str
     title: str
     caption: str
     alt: str
-    light: bytes
-    dark: bytes
+    png: bytes
+    svg: str
+
+    @property
+    def drawn(self) -> Markup:
+        """The figure for a page, whose colours and font it takes."""
+        return on_page(self.svg, self.name, self.alt)
 
 
 class Palette:
@@ -103,25 +93,26 @@ Draw = Callable[[Axes, Theme], None]
 
 
 def picture(name: str, title: str, caption: str, alt: str, draw: Draw, *, height: float) -> Picture:
-    """Draw one figure in both appearances."""
-    images = []
-    for theme in (LIGHT, DARK):
-        with _style(theme):
-            figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.add_subplot()
-            draw(axes, theme)
-            buffer = io.BytesIO()
-            # Without metadata, the same numbers give the same bytes.
-            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-            images.append(buffer.getvalue())
-    return Picture(name, title, caption, textwrap.shorten(alt, 1500, placeholder=" …"), *images)
+    """Draw one figure."""
+    alt = textwrap.shorten(alt, 1500, placeholder=" …")
+    vectors, pixels = io.StringIO(), io.BytesIO()
+    with _style(LIGHT):
+        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.add_subplot(), LIGHT)
+        # Without metadata, the same numbers give the same bytes.
+        figure.savefig(vectors, format="svg", metadata=dict.fromkeys(_SVG_METADATA))
+        figure.set_layout_engine("none")  # what was laid out for one file serves the other
+        figure.savefig(pixels, format="png", dpi=DPI, metadata={"Software": None})
+    return Picture(name, title, caption, alt, pixels.getvalue(), as_file(vectors.getvalue()))
 
 
 @contextmanager
 def _style(theme: Theme) -> Iterator[None]:
     settings: Any = {
         "font.family": "DejaVu Sans",
+        "svg.fonttype": "none",  # text stays text: to be searched, and set in the page's font
+        "svg.hashsalt": "medssl",  # names inside the file are the same each time
         "font.size": 9,
         "figure.facecolor": theme.page,
         "axes.facecolor": theme.page,
@@ -175,6 +166,7 @@ def draw_effects(axes: Axes, theme: Theme, rows: pd.DataFrame, palette: Palette)
     low, high = axes.get_xlim()
     reach = max(abs(low), abs(high))
     axes.set_xlim(-reach, reach)
+    axes.locator_params(axis="x", nbins=_MOST_TICKS)
     axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
@@ -192,14 +184,14 @@ def draw_curves(
         x, value = rows["num_labelled_patients"].to_numpy(), rows["value"].to_numpy()
         axes.fill_between(x, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.13, lw=0)
         axes.plot(x, value, marker=palette.marker(str(init)), color=colour, lw=1.8, ms=5.5)
-        ends.append((float(value[-1]), init_name(str(init)), colour))
+        ends.append((float(value[-1]), str(init)))
     counts = sorted(set(table["num_labelled_patients"]))
     axes.xaxis.set_major_locator(FixedLocator(counts))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("labelled patients (logarithmic)")
     axes.set_ylabel(metric)
-    _label_ends(axes, float(counts[-1]), ends)
+    _label_ends(axes, theme, float(counts[-1]), ends, palette)
 
 
 def draw_fits(axes: Axes, theme: Theme, fitted: pd.DataFrame, palette: Palette) -> None:
@@ -243,10 +235,10 @@ def draw_layers(
                 if name in layers:
                     place = layers.index(name)
                     axes.plot(place, value[place], "o", ms=11, mfc="none", mec=colour, mew=1.3)
-        ends.append((float(value[-1]), init_name(str(init)), colour))
+        ends.append((float(value[-1]), str(init)))
     axes.set_xticks(np.arange(len(layers)), layers)
     axes.set_ylabel(metric)
-    _label_ends(axes, len(layers) - 1, ends)
+    _label_ends(axes, theme, len(layers) - 1, ends, palette)
 
 
 def draw_pretraining(
@@ -271,60 +263,88 @@ def draw_pretraining(
     axes.set_ylabel(metric)
 
 
+_LEAST_SHARE = 0.005  # is drawn in a confusion matrix
 MOST_NAMED_CLASSES = 30
 """Classes of a confusion matrix up to which their names fit beside it."""
 
 
 def draw_confusion(axes: Axes, theme: Theme, shares: Array, classes: Sequence[str]) -> None:
     """Draw how often each class (row) was answered with each (column), as shares of the row."""
-    colours = LinearSegmentedColormap.from_list("share", [theme.page, theme.inits[1]])
-    image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="equal")
+    colour, count = theme.inits[1], len(classes)
+    # Squares of one colour, more or less opaque: they follow the page from light to dark.
+    for row, column in zip(*np.nonzero(shares >= _LEAST_SHARE), strict=True):
+        square = (float(column) - 0.5, float(row) - 0.5)
+        shade = to_rgba(colour, float(shares[row, column]))
+        axes.add_patch(Rectangle(square, 1, 1, facecolor=shade, lw=0))
+    axes.set_xlim(-0.5, count - 0.5)
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_aspect("equal")
     axes.grid(visible=False)
-    if len(classes) <= MOST_NAMED_CLASSES:
-        places = np.arange(len(classes))
-        size = 8 if len(classes) <= 12 else 6
+    if count <= MOST_NAMED_CLASSES:
+        places = np.arange(count)
+        size = 8 if count <= 12 else 6
         axes.set_xticks(places, classes, rotation=90, fontsize=size)
         axes.set_yticks(places, classes, fontsize=size)
     axes.set_xlabel("answer")
     axes.set_ylabel("puzzle")
-    figure = axes.get_figure()
-    if figure is not None:
-        figure.colorbar(image, ax=axes, shrink=0.7, label="share of the row")
+    shades = [
+        Patch(facecolor=to_rgba(colour, share), edgecolor=theme.faint, lw=0.5, label=f"{share:g}")
+        for share in (1.0, 0.75, 0.5, 0.25, 0.0)
+    ]
+    axes.legend(
+        handles=shades, title="share of\nthe row", loc="center left", bbox_to_anchor=(1.02, 0.5),
+        frameon=False, fontsize=8, title_fontsize=8,
+    )  # fmt: skip
 
 
 def draw_patients(
     axes: Axes, theme: Theme, differences: dict[str, Array], palette: Palette
 ) -> None:
     """Draw the difference of every single test patient."""
+    many = sum(map(len, differences.values())) > _MOST_DOTS
     for place, (init, values) in enumerate(differences.items()):
         # Dots of equal value lie beside each other: a fixed zigzag, not noise.
         order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
         offset = ((order * 7) % 11 - 5) / 11 * 0.5
         colour = palette.colour(init, theme)
-        axes.plot(values, place + offset, "o", color=colour, ms=3.6, alpha=0.65, mew=0)
+        axes.plot(
+            values, place + offset, "o", color=colour, ms=3.6, alpha=0.65, mew=0, rasterized=many
+        )
         middle = float(np.median(values))
         axes.plot([middle, middle], [place - 0.34, place + 0.34], color=theme.ink, lw=2)
     axes.axvline(0, color=theme.ink, lw=1)
     axes.set_yticks(range(len(differences)), [init_name(init) for init in differences])
     axes.set_ylim(len(differences) - 0.45, -0.55)
+    axes.locator_params(axis="x", nbins=_MOST_TICKS)
     axes.set_xlabel("worse  \N{LEFTWARDS ARROW}  difference  \N{RIGHTWARDS ARROW}  better")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
 
 
-def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write names beside the right ends of curves, pushed apart where they would overlap."""
+def _label_ends(
+    axes: Axes, theme: Theme, x: float, ends: Sequence[tuple[float, str]], palette: Palette
+) -> None:
+    """Write markers and names beside the right ends of curves, pushed apart where they overlap.
+
+    Names are in ink: most colours of curves are too pale for small letters.
+    """
     low, high = axes.get_ylim()
-    gap = (high - low) * 0.062
+    gap = (high - low) * 0.066
     ordered = sorted(ends)
-    places = [value for value, _, _ in ordered]
+    places = [value for value, _ in ordered]
     for number in range(1, len(places)):
         places[number] = max(places[number], places[number - 1] + gap)
-    shift = (sum(places) - sum(value for value, _, _ in ordered)) / max(len(places), 1)
-    for (_, name, colour), place in zip(ordered, places, strict=True):
+    shift = (sum(places) - sum(value for value, _ in ordered)) / max(len(places), 1)
+    shift = min(shift, places[0] - low - gap / 2) if places else 0.0  # not below the axis
+    beside = offset_copy(axes.transData, axes.get_figure(root=True), x=12, units="points")
+    for (_, init), place in zip(ordered, places, strict=True):
+        axes.plot(
+            x, place - shift, palette.marker(init), color=palette.colour(init, theme), ms=5,
+            transform=beside, clip_on=False, scalex=False, scaley=False,
+        )  # fmt: skip
         axes.annotate(
-            name, (x, place - shift), xytext=(9, 0), textcoords="offset points", va="center",
-            color=colour, fontsize=9, annotation_clip=False,
+            init_name(init), (x, place - shift), xytext=(18, 0), textcoords="offset points",
+            va="center", color=theme.ink, fontsize=9, annotation_clip=False,
         )  # fmt: skip
 
 

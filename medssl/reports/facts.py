@@ -27,6 +27,33 @@ Rows = list[tuple[str, str]]
 
 def warnings_of(contents: Contents) -> list[str]:
     """Return what a reader must know before the verdict."""
+    found = leaks_of(contents)
+    stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
+    if stopped:
+        found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")
+    if len(contents.results) and "started" in contents.provenance and not _is_finished(contents):
+        found.append(
+            "This run has not come to its end; its numbers may be those of an earlier one."
+        )
+    if contents.num_failed:
+        found.append(
+            f"{contents.num_failed} {_plural(contents.num_failed, 'cell', 'cells')} of the matrix "
+            "failed and "
+            f"{_plural(contents.num_failed, 'is', 'are')} missing here; failures.csv lists "
+            f"{_plural(contents.num_failed, 'it', 'them')}, and the same command runs "
+            f"{_plural(contents.num_failed, 'it', 'them')} again."
+        )
+    found += [
+        f"Pretext task {part['task']} of {init_name(name)}: {part['words']}."
+        for name, validation in contents.validations.items()
+        for part in validation.get("parts", [])
+        if part["state"] in ("stuck", "suspicious", "nothing counts") or part.get("beaten_by")
+    ]
+    return found
+
+
+def leaks_of(contents: Contents) -> list[str]:
+    """Return what is known of test patients, or of their images, among those trained on."""
     found = []
     overlap = int(contents.data.get("test_patients_in_pool") or 0)
     if overlap:
@@ -58,16 +85,11 @@ def warnings_of(contents: Contents) -> list[str]:
             "Whether copies of test images were in the pretraining of "
             f"{', '.join(unknown)} is not known: no hashes of its images came with the checkpoint."
         )
-    stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
-    if stopped:
-        found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")
-    found += [
-        f"Pretext task {part['task']} of {init_name(name)}: {part['words']}."
-        for name, validation in contents.validations.items()
-        for part in validation.get("parts", [])
-        if part["state"] in ("stuck", "suspicious", "nothing counts") or part.get("beaten_by")
-    ]
     return found
+
+
+def _is_finished(contents: Contents) -> bool:
+    return bool(contents.provenance.get("finished"))
 
 
 def pretraining_method(contents: Contents) -> str:
@@ -242,8 +264,8 @@ def provenance_rows(contents: Contents) -> Rows:
         ", ".join(machine.get("accelerators") or []) or ("no GPU" if machine else ""),
     ]
     rows = [
-        ("Started", _moment(facts.get("started"))),
-        ("Finished", _moment(facts.get("finished"))),
+        ("Started", moment(facts.get("started"))),
+        ("Finished", moment(facts.get("finished"))),
         ("Took", _duration(facts.get("started"), facts.get("finished"))),
         ("Interrupted and resumed", _count(facts.get("restarts") or None)),
         ("Machine", ", ".join(part for part in described if part)),
@@ -272,9 +294,10 @@ def _short(digest: Any) -> str:
     return f"{str(digest)[:16]}…" if digest else ""
 
 
-def _moment(text: Any) -> str:
-    moment = _parsed(text)
-    return moment.strftime("%Y-%m-%d %H:%M UTC") if moment else ""
+def moment(text: Any) -> str:
+    """Return a time of day as people read it; empty where it is not known."""
+    found = _parsed(text)
+    return found.strftime("%Y-%m-%d %H:%M UTC") if found else ""
 
 
 def _duration(started: Any, finished: Any) -> str:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from medssl.atomic import atomic_write
-from medssl.reports.drawing import LIGHT
+from medssl.reports.appearance import LIGHT
 
 _DPI = 150
 _PANEL_INCHES = 2.4

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from medssl.reports.appearance import Theme
 from medssl.reports.contents import Contents, LoggedRun
 from medssl.reports.drawing import (
     Array,
     Palette,
     Picture,
-    Theme,
     draw_confusion,
     draw_curves,
     draw_effects,
@@ -198,8 +198,8 @@ def confusion_pictures(contents: Contents) -> list[Picture]:
                     f"confusion_{_slug(name)}_{_slug(str(part['task']))}",
                     f"{init_name(name)}: which puzzles {part['task']} mixes up",
                     f"Rows: the puzzle's class. Columns: the answer. {int(counts.sum())} puzzles "
-                    "of validation patients; dark is often. A row of one dark square off the "
-                    "diagonal is a symmetry of the anatomy, or a label that means nothing.",
+                    "of validation patients; full colour is often. A row of one full square off "
+                    "the diagonal is a symmetry of the anatomy, or a label that means nothing.",
                     _confusion_in_words(shares, classes),
                     draw,
                     height=min(5.0, 1.6 + 0.28 * len(classes)),

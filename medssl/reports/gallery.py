@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from medssl.atomic import atomic_write
-from medssl.reports.drawing import Theme, picture
+from medssl.reports.appearance import Theme
+from medssl.reports.drawing import picture
 
 PIXELS = "(pixels)"
 """Stands in the tables for no backbone at all; no init can be called so."""
@@ -117,7 +118,7 @@ def save_layers(path: Path, table: pd.DataFrame, reference: str) -> None:
         "gallery_layers", "Neighbours of the same structure", "", "",
         lambda axes, theme: _draw_layers(axes, theme, table, reference), height=3.6,
     )  # fmt: skip
-    atomic_write(path, shown.light)
+    atomic_write(path, shown.png)
 
 
 def _draw_tile(axes: Axes, tile: Tile) -> None:

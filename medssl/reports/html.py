@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medssl.atomic import atomic_write
+from medssl.reports.appearance import style
 from medssl.reports.baselines import baseline_blocks, baseline_warnings
 from medssl.reports.contents import Contents, read_contents
 from medssl.reports.facts import (
@@ -28,7 +30,9 @@ from medssl.reports.figures import (
     pretraining_pictures,
 )
 from medssl.reports.labels import fit_blocks, labels_saved, power_blocks, saved_blocks
-from medssl.reports.page import data_uri, environment, style
+from medssl.reports.page import data_uri, environment
+from medssl.reports.reproduce import config_without_places, digests, seeds, steps
+from medssl.reports.runs import is_synthetic, run_rows, run_warnings
 from medssl.reports.tables import (
     by_protocol,
     comparison_rows,
@@ -41,15 +45,26 @@ from medssl.reports.tables import (
 )
 
 REPORT_NAME = "report.html"
+PAGE_TO_SHARE = "report_without_images.html"
 FIGURES = "figures"
+PUZZLES = "pretext_*.png"
+
+_OWNER_ONLY = 0o600  # a page with patients' pixels
 
 
-def build_report(run_folder: Path) -> Path:
-    """Write ``report.html`` and ``figures/*.png`` from the run folder's own files.
+def build_report(run_folder: Path, out: Path | None = None) -> Path:
+    """Write ``report.html`` and its figures, as PNG and SVG, from the run folder's own files.
 
     Reads ``config.yaml, predictions.parquet, results.csv, comparisons.csv, labels_saved.csv,
-    learning_curves.csv, power.csv, baselines.csv, journal.jsonl, provenance.json, data.json,
-    checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what is missing is left out.
+    learning_curves.csv, power.csv, baselines.csv, failures.csv, journal.jsonl, provenance.json,
+    data.json, checkpoints/*/validation.json`` and ``figures/pretext_*.png``; what is missing is
+    left out. Pictures with patients' pixels are on the page only where the run's configuration
+    says ``include_images: true``; then the same page without them lies beside it, see
+    `page_to_share`.
+
+    Args:
+        run_folder: is only read where ``out`` is given.
+        out: folder to write into; the run folder by default.
 
     Returns:
         Path of ``report.html``.
@@ -59,6 +74,7 @@ def build_report(run_folder: Path) -> Path:
         MachineError: the folder cannot be written.
     """
     contents = read_contents(run_folder)
+    out = out or run_folder
     pictures = {
         "effects": effect_pictures(contents),
         "curves": curve_pictures(contents),
@@ -69,15 +85,46 @@ def build_report(run_folder: Path) -> Path:
     }
     for group in pictures.values():
         for picture in group:
-            atomic_write(run_folder / FIGURES / f"{picture.name}.png", picture.light)
-    page = (
-        environment()
-        .get_template("report.html.j2")
-        .render(**_words(contents), **pictures, examples=_examples(contents))
-    )
-    path = run_folder / REPORT_NAME
-    atomic_write(path, page)
-    return path
+            atomic_write(out / FIGURES / f"{picture.name}.png", picture.png)
+            atomic_write(out / FIGURES / f"{picture.name}.svg", picture.svg)
+    examples = _examples(contents)
+    template = environment().get_template("report.html.j2")
+    words = {**_words(contents), **pictures}
+
+    def page(examples: Sequence[dict[str, str]]) -> str:
+        shown = {**words, "examples": examples}
+        return template.render(**shown, contents=_headings(shown))
+
+    atomic_write(out / REPORT_NAME, page(examples), _OWNER_ONLY if examples else 0o644)
+    if examples:
+        atomic_write(out / PAGE_TO_SHARE, page([]))
+    else:
+        (out / PAGE_TO_SHARE).unlink(missing_ok=True)
+    return out / REPORT_NAME
+
+
+def page_to_share(run_folder: Path) -> Path:
+    """Return the page of a run that shows no patient: what a server or a colleague may get."""
+    without_images = run_folder / PAGE_TO_SHARE
+    return without_images if without_images.is_file() else run_folder / REPORT_NAME
+
+
+def _headings(words: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the sections that a page has: their ids and headings."""
+    sections = [
+        ("verdict", "Verdict", ("verdicts",)),
+        ("evidence", "Evidence", ("effects", "curves", "layers")),
+        ("planning", "Labels and patients", ("saved", "fits", "powers")),
+        ("pretraining", "Pretraining", ("pretraining", "examples")),
+        ("method", "Method", ()),
+        ("data", "Data and limits", ()),
+        ("reproduce", "How to reproduce", ()),
+    ]
+    return [
+        (section, heading)
+        for section, heading, needed in sections
+        if not needed or any(words[name] for name in needed)
+    ]
 
 
 def _words(contents: Contents) -> dict[str, Any]:
@@ -92,8 +139,12 @@ def _words(contents: Contents) -> dict[str, Any]:
         "is_evaluated": len(contents.results) > 0,
         "reference": init_name(contents.reference),
         "confidence": f"{contents.confidence * 100:g} %",
-        "synthetic": bool(contents.data.get("synthetic")),
-        "warnings": [*warnings_of(contents), *baseline_warnings(contents)],
+        "synthetic": is_synthetic(contents),
+        "warnings": [
+            *warnings_of(contents),
+            *run_warnings(contents),
+            *baseline_warnings(contents),
+        ],
         "baselines": baseline_blocks(contents),
         "verdicts": [
             {
@@ -126,11 +177,15 @@ def _words(contents: Contents) -> dict[str, Any]:
         "data": data_rows(contents),
         "citation": contents.data.get("citation", ""),
         "rejections": rejection_rows(contents),
+        "runs": run_rows(contents),
         "limits": limits(contents),
+        "steps": steps(contents),
+        "seeds": seeds(contents),
+        "digests": digests(contents),
         "provenance": provenance_rows(contents),
         "versions": version_rows(contents),
         "command": contents.provenance.get("command", ""),
-        "config_text": contents.config_text,
+        "config_text": config_without_places(contents),
     }
 
 
@@ -144,7 +199,9 @@ def _families(contents: Contents) -> str:
 
 
 def _examples(contents: Contents) -> list[dict[str, str]]:
-    """Return the pictures of pretext puzzles that the study left."""
+    """Return the pictures of pretext puzzles, where the configuration lets them be shown."""
+    if contents.config.get("include_images") is not True:
+        return []
     return [
         {
             "title": init_name(
@@ -152,5 +209,5 @@ def _examples(contents: Contents) -> list[dict[str, str]]:
             ),
             "image": data_uri(path.read_bytes()),
         }
-        for path in sorted((contents.folder / FIGURES).glob("pretext_*.png"))
+        for path in sorted((contents.folder / FIGURES).glob(PUZZLES))
     ]

@@ -1,8 +1,9 @@
-"""What all pages share: templates, style, and images that lie inside the file."""
+"""What all pages share: templates, style, script, and images that lie inside the file."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,14 +20,12 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["data_uri"] = data_uri
+    text = files("medssl.reports").joinpath("templates", "page.js").read_text(encoding="utf-8")
+    made.globals["script"] = Markup(text)  # noqa: S704  (our own file)
+    # The page lets this one script run, and no other that might get into it.
+    digest = hashlib.sha256(text.encode()).digest()
+    made.globals["script_digest"] = f"sha256-{base64.b64encode(digest).decode()}"
     return made
-
-
-def style(*names: str) -> Markup:
-    """Return the style sheets of these names, one after the other."""
-    folder = files("medssl.reports").joinpath("templates")
-    sheets = [folder.joinpath(name).read_text(encoding="utf-8") for name in names]
-    return Markup("".join(sheets))  # noqa: S704  (our own files)
 
 
 def data_uri(image: bytes, kind: str = "png") -> str:

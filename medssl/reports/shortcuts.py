@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from medssl.atomic import atomic_write
-from medssl.reports.drawing import Theme, picture
+from medssl.reports.appearance import Theme
+from medssl.reports.drawing import picture
 
 REFERENCE, NO_SHORTCUT, WEAK = "reference", "no shortcut", "weak"
 SHORTCUT, UNDECIDED, NOT_JUDGED = "shortcut", "undecided", "not judged"
@@ -230,7 +231,7 @@ def save_audits(audits: Sequence[Audit], out: Path) -> None:
             partial(_draw_rows, rows=audit.rows),
             height=0.4 * len(audit.rows) + 0.7,
         )  # fmt: skip
-        atomic_write(out / f"shortcuts_{audit.name}.png", shown.light)
+        atomic_write(out / f"shortcuts_{audit.name}.png", shown.png)
     atomic_write(out / "shortcuts.csv", text.getvalue())
     atomic_write(out / "shortcuts.json", json.dumps(facts_of(audits), indent=2) + "\n")
 

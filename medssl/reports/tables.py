@@ -89,6 +89,8 @@ def verdicts(contents: Contents) -> list[Verdict]:
 def title(contents: Contents) -> str:
     """Return the question that a run answers, by what it did."""
     reference = init_name(contents.reference)
+    if not len(contents.results) and contents.is_matrix:
+        return "Does pretraining on these scans help? This run is not finished."
     if not len(contents.results):
         return "What did pretraining on these scans learn?"
     if not len(contents.comparisons):
@@ -137,6 +139,12 @@ def headline(contents: Contents) -> str:
 
 def no_verdict(contents: Contents) -> str:
     """Say why there is no verdict."""
+    if not len(contents.results) and contents.is_matrix:
+        cells = f"{contents.num_cells} {'cell' if contents.num_cells == 1 else 'cells'}"
+        return (
+            f"No verdict yet: this run has not come to its comparison ({cells} of its matrix done "
+            "so far). Give its command again, and it goes on."
+        )
     if not len(contents.results):
         return (
             "No verdict: this run pretrained a backbone and did not evaluate it. Whether its "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +61,34 @@ def test_run_folders_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path
     table = run(same, tmp_path / "out", statistics=QUICK).set_index("init")
     others = [name for name in table.index if "(run" in name]
     assert {name.split("(")[1] for name in others} == {"run)", "run 2)"}
+
+
+def test_a_comparison_says_which_runs_it_compares_and_how_to_do_it_again(
+    runs: list[Path], tmp_path: Path
+):
+    noted = [tmp_path / "runs" / folder.name for folder in runs]
+    for number, (folder, copy) in enumerate(zip(runs, noted, strict=True)):
+        shutil.copytree(folder, copy)
+        provenance = {"git_commit": "ab" * 20, "data": {"splits": str(number)}}
+        (copy / "provenance.json").write_text(json.dumps(provenance))
+        facts = {"test_patients_in_pool": number, "synthetic": number == 1}
+        (copy / "data.json").write_text(json.dumps({"splits": {"train": 40, "test": 25}, **facts}))
+    run(noted, tmp_path / "both", statistics=QUICK)
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    digest = hashlib.sha256((noted[0] / "predictions.parquet").read_bytes()).hexdigest()
+    assert f"first own scans 40 25 0 not noted {'ab' * 6} ? {digest[:12]}" in text
+    assert "medssl compare runs/first runs/second --reference imagenet --out runs/both" in text
+    assert "second: 1 test patient was in the pretraining pool" in text
+    assert "The runs drew their patients differently" in text
+    assert "Synthetic data prove nothing" in text
+    assert str(tmp_path) not in page
+
+
+def test_a_comparison_names_the_reference_it_was_given(runs: list[Path], tmp_path: Path):
+    run(runs, tmp_path / "out", statistics=StatisticsConfig(reference="absent", num_resamples=200))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "nothing here can be compared with absent" in page
 
 
 def test_neither_torch_nor_monai_is_imported_to_compare(runs: list[Path], tmp_path: Path) -> None:

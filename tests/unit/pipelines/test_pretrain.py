@@ -13,6 +13,7 @@ from medssl.pipelines import index as indexing
 from medssl.pipelines import pretrain
 from medssl.scans.building import IndexConfig
 from medssl.scans.splits import Splits
+from medssl.tracking.journal import read_journal
 from studies import settings, write_archive
 
 
@@ -61,6 +62,17 @@ def test_the_folder_and_the_page_say_what_was_trained_on(run_folder):
     assert facts["test_patients_in_pool"] == 0
     page = text_of((run_folder / "report.html").read_text(encoding="utf-8"))
     assert f"Patients in the pretraining pool {len(splits.train)}" in page
+
+
+def test_no_pixel_of_a_patient_is_handed_to_tracking(run_folder):
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert "data:image" in page  # the config lets pictures into the report
+    records = [record for record, _ in read_journal(run_folder / "journal.jsonl")]
+    handed = [run_folder / record["path"] for record in records if record["kind"] == "artifact"]
+    files = [file for path in handed for file in (path.rglob("*") if path.is_dir() else [path])]
+    assert run_folder / "report_without_images.html" in files
+    assert {file.suffix for file in files} <= {".html", ".json", ".safetensors"}
+    assert b"data:image" not in (run_folder / "report_without_images.html").read_bytes()
 
 
 def test_one_of_several_pretrainings_has_a_profile_of_its_own(tmp_path: Path):

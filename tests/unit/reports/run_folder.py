@@ -21,7 +21,9 @@ name: hippocampus
 seed: 0
 backbone: {name: timm, variant: efficientnet_lite0}
 inits: {random: {init: random}, imagenet: {init: imagenet}, rotation: {pretext: rotation}}
+matrix: {seeds: [0, 1, 2]}
 statistics: {reference: imagenet, num_resamples: 10000, alpha: 0.05}
+include_images: true
 """
 
 BASELINES = pd.DataFrame(
