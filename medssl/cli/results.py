@@ -57,8 +57,9 @@ def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: b
     cls=Command,
     examples=[
         "medssl report runs/demo",
+        "medssl report runs/demo --out desk",
     ],
-    writes="report.html and figures/ in the run folder.",
+    writes="report.html and figures/, in the run folder or the folder of --out.",
     codes=(0, 3, 4),
 )
 @RUN
