@@ -33,10 +33,9 @@ def conclude(
     tabulate(out, predictions, statistics, metrics)
     baselines.tabulate(out, predictions, statistics, metrics)
     folder.finish()
-    handle.artifact(out / "config.yaml")
     for name in TABLES:
         handle.artifact(out / f"{name}.csv")
-    handle.artifact(build_report(out))
+    folder.send_report(handle, build_report(out))
 
 
 def tabulate(
