@@ -90,8 +90,8 @@ class Server:
         self._command = [
             sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database,
             "--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts",
-            *(["--app-name", "basic-auth"] if ASKS_FOR_PASSWORD else []), "--host", "127.0.0.1", "--port", str(self.port),
-            "--workers", "1",
+            "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            *(["--app-name", "basic-auth"] if ASKS_FOR_PASSWORD else []),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
