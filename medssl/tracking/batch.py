@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from medssl.tracking.journal import Record
 from medssl.tracking.privacy import public_param, public_tag, public_text
@@ -65,3 +67,9 @@ def tag_key(key: str) -> str:
 def milliseconds(seconds: float) -> int:
     """Return MLflow's unit of time."""
     return round(seconds * 1000)
+
+
+def parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield a list in parts of at most a size."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

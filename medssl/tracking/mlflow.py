@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from medssl.tracking.batch import Batch, milliseconds
+from medssl.tracking.batch import Batch, milliseconds, parts
 from medssl.tracking.cursor import Cursor, CursorFile
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
 from medssl.tracking.privacy import TEXT_SUFFIXES, may_leave, public_text
@@ -326,11 +325,11 @@ class Delivery:
         metrics = [Metric(k, value, at, step) for k, value, step, at in batch.metrics]
         params = [Param(k, value) for k, value in batch.params.items()]
         tags = [RunTag(k, value) for k, value in batch.tags.items()]
-        for part in _parts(metrics, MAX_METRICS):
+        for part in parts(metrics, MAX_METRICS):
             self._log_batch(run_id, metrics=part)
-        for part in _parts(params, MAX_PARAMS_TAGS):
+        for part in parts(params, MAX_PARAMS_TAGS):
             self._log_batch(run_id, params=part)
-        for part in _parts(tags, MAX_PARAMS_TAGS):
+        for part in parts(tags, MAX_PARAMS_TAGS):
             self._log_batch(run_id, tags=part)
 
     def _log_batch(self, run_id: str | None, **items: list[Any]) -> None:
@@ -385,19 +384,13 @@ class Delivery:
                 self._copy_file(run_id, file, name)
 
     def _copy_file(self, run_id: str | None, file: Path, name: str) -> None:
-        place = Path(name).parent.as_posix()
-        place_there = None if place == "." else place
         if file.suffix in TEXT_SUFFIXES:
             text = file.read_text(encoding="utf-8")
             if (public := public_text(text)) != text:
                 self._client.log_text(run_id, public, name)
                 return
-        self._client.log_artifact(run_id, str(file), place_there)
-
-
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+        place = name.rpartition("/")[0]
+        self._client.log_artifact(run_id, str(file), place or None)
 
 
 def _kind(error: Exception) -> str:

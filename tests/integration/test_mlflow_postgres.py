@@ -30,12 +30,12 @@ NUM_PROCESSES, NUM_STEPS = 4, 3000
 METRICS = ("train/loss", "train/accuracy", "val/loss")
 LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
-# A study with two pretrainings; it goes on until the file "go" appears, and then to the end.
+# A study with two pretrainings; in the middle of each it waits for a file, "go" and "back".
 WRITER = f"""
 import json, sys, time
 from pathlib import Path
 from medssl.tracking.base import Tracker, TrackingConfig
-folder, uri, go = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+folder, uri, place = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 waited = []
 
 def timed(call, *arguments, **more):
@@ -49,7 +49,7 @@ tracker = Tracker(folder, TrackingConfig(uri=uri, flush_seconds=0.2, system_seco
 study = tracker.run("study", params={{"seed": 1}})
 timed(study.__enter__)
 timed(study.artifact, folder / "config.public.yaml")
-for label in ("rotation", "jigsaw"):
+for label, signal in (("rotation", place / "go"), ("jigsaw", place / "back")):
     run = tracker.run("pretrain/" + label, parent="study", params={{"pretext": label}})
     timed(run.__enter__)
     checkpoint = folder / "checkpoints" / label
@@ -59,7 +59,7 @@ for label in ("rotation", "jigsaw"):
         timed(run.log, step, {{name: 1 / (step + 1) for name in {METRICS!r}}})
         if step % 50 == 0:
             time.sleep(0.05)
-        while step == {NUM_STEPS} // 2 and label == "rotation" and not go.exists():
+        while step == {NUM_STEPS} // 2 and not signal.exists():
             time.sleep(0.05)
     timed(run.artifact, checkpoint)
     timed(run.__exit__, None, None, None)
@@ -72,9 +72,9 @@ print(json.dumps({{"waited_s": training, "longest_s": max(waited), "calls": len(
 """
 
 
-def start(folder: Path, uri: str, go: Path) -> subprocess.Popen[str]:
+def start(folder: Path, uri: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder), uri, str(go)],
+        [sys.executable, "-c", WRITER, str(folder), uri, str(folder.parent)],
         env=environment(**LOGIN), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -138,17 +138,18 @@ def test_a_server_killed_in_the_middle_loses_nothing_and_holds_nobody_up(
     for name, value in LOGIN.items():
         monkeypatch.setenv(name, value)
     server = Server(tmp_path / "server", database)
-    go = tmp_path / "go"
     folders = [tmp_path / f"study{number}" for number in range(NUM_PROCESSES)]
     try:
         server.start()
-        writers = [start(folder, server.uri, go) for folder in folders]
+        writers = [start(folder, server.uri) for folder in folders]
         # Each has its runs on the server, and is in the middle of delivering.
         wait_until(lambda: all(_has(folder, "pretrain/rotation") for folder in folders))
         server.kill()
-        go.touch()
-        time.sleep(3.0)
+        (tmp_path / "go").touch()
+        # All go on without it, into their second pretraining.
+        wait_until(lambda: all("jigsaw" in _journal(folder) for folder in folders))
         server.start()
+        (tmp_path / "back").touch()
         found = [ended(writer) for writer in writers]
         for folder in folders:
             report = sync(folder, TrackingConfig(uri=server.uri))
@@ -161,6 +162,10 @@ def test_a_server_killed_in_the_middle_loses_nothing_and_holds_nobody_up(
     assert max(one["waited_s"] for one in found) < 5
 
 
+def _journal(folder: Path) -> str:
+    return (folder / "journal.jsonl").read_text()
+
+
 def _has(folder: Path, run: str) -> bool:
     cursor = folder / "tracking.json"
     return cursor.is_file() and run in cursor.read_text()
@@ -170,15 +175,15 @@ def test_four_processes_share_one_new_sqlite_and_one_of_them_is_killed(
     tmp_path: Path, capsys: Any
 ) -> None:
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    go = tmp_path / "go"
     folders = [tmp_path / f"study{number}" for number in range(NUM_PROCESSES)]
-    writers = [start(folder, store, go) for folder in folders]
+    writers = [start(folder, store) for folder in folders]
     wait_until(lambda: all(_has(folder, "pretrain/rotation") for folder in folders))
     writers[0].send_signal(signal.SIGKILL)
     writers[0].wait()
-    go.touch()
+    (tmp_path / "go").touch()
+    (tmp_path / "back").touch()
     found = [ended(writer) for writer in writers[1:]]
-    found.append(ended(start(folders[0], store, go)))  # the same command goes on
+    found.append(ended(start(folders[0], store)))  # the same command goes on
     check_all_arrived(store, NUM_PROCESSES)
     with capsys.disabled():
         print("", *found, sep="\nsqlite itself: ")
