@@ -34,9 +34,10 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 KEY_TAG = "medssl.key"
 ENDED_TAG = "ended_by"  # completion, or the kind of what ended the run
 
-# MLflow's own limits of one batch, and how much is delivered before the cursor is saved.
-MAX_METRICS, MAX_PARAMS_TAGS = 1000, 100
-CHUNK_RECORDS = 5000
+# MLflow takes up to 1000 metrics in one batch; of smaller ones a busy server is seen to answer,
+# and the end of a run goes on waiting for it.
+MAX_METRICS, MAX_PARAMS_TAGS = 200, 100
+CHUNK_RECORDS = 1000  # delivered before the cursor is saved
 LOCK_SECONDS = 120.0  # until another process has made the tables of a new sqlite file
 # Error codes that a second attempt does not mend.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}

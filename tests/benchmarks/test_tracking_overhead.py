@@ -48,7 +48,7 @@ class Training:
         loss.backward()
         self.optimizer.step()
         names = ("train/loss", "train/accuracy", "train/rate", "train/grad_norm", "train/images_s")
-        return dict.fromkeys(names, float(loss))
+        return dict.fromkeys(names, float(loss.detach()))
 
 
 def timed(training: Training, log: object) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
 
-NUM_PROCESSES, NUM_STEPS = 4, 3000
+NUM_PROCESSES, NUM_STEPS = 4, 1200
 METRICS = ("train/loss", "train/accuracy", "val/loss")
 LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
@@ -179,7 +179,7 @@ def test_four_processes_share_one_new_sqlite_and_one_of_them_is_killed(
     writers = [start(folder, store) for folder in folders]
     wait_until(lambda: all(_has(folder, "pretrain/rotation") for folder in folders))
     writers[0].send_signal(signal.SIGKILL)
-    writers[0].wait()
+    writers[0].communicate()
     (tmp_path / "go").touch()
     (tmp_path / "back").touch()
     found = [ended(writer) for writer in writers[1:]]
