@@ -79,10 +79,12 @@ class Outcome:
     Attributes:
         cell: which.
         problem: in words that name nobody; empty where it is finished.
+        kind: of the problem, in one word.
     """
 
     cell: Cell
     problem: str = ""
+    kind: str = ""
 
 
 def build_cells(
@@ -211,9 +213,9 @@ def attempt(run_cell: Callable[[Cell], None], cell: Cell) -> Outcome:
     except MemoryError:
         raise
     except MedsslError as error:
-        return Outcome(cell, str(error))
+        return Outcome(cell, str(error), type(error).__name__)
     except Exception as error:  # noqa: BLE001  (isolated, told to the user, and run again next time)
-        return Outcome(cell, _without_names(error))
+        return Outcome(cell, _without_names(error), type(error).__name__)
     return Outcome(cell)
 
 
@@ -243,7 +245,7 @@ def run_cells(
     progress(done, len(cells), "")
     failed = []
     for outcome in executor.map(
-        run, remaining, lost=lambda cell, loss: Outcome(cell, f"{_LOST[loss]}.")
+        run, remaining, lost=lambda cell, loss: Outcome(cell, f"{_LOST[loss]}.", loss)
     ):
         done += 1
         ended(outcome)

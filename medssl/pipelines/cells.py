@@ -30,6 +30,7 @@ from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
 from medssl.models.inits.base import LoadReport
 from medssl.pipelines.contract import image_contract
+from medssl.pipelines.labels import init_tags
 from medssl.pipelines.sections import EvaluationSection, SamplingConfig
 from medssl.randomness import derive_seed
 from medssl.scans.index import Index
@@ -220,7 +221,10 @@ def run_name(cell: Cell) -> str:
 
 
 def track(outcome: Outcome, folder: Path, tracker: Tracker, parent: RunHandle) -> None:
-    """Write into the journal what a cell logged and warned of, or that it failed."""
+    """Write into the journal what a cell logged and warned of, or that it failed.
+
+    Texts that may name a file or a column (``problem, warnings, init_report``) stay there.
+    """
     cell = outcome.cell
     params = {
         "init": cell.init,
@@ -230,21 +234,25 @@ def track(outcome: Outcome, folder: Path, tracker: Tracker, parent: RunHandle) -
         "seed": cell.seed,
     }
     with (
-        contextlib.suppress(_CellFailed),
+        contextlib.suppress(CellFailed),
         tracker.run(run_name(cell), parent=parent.name, params=params) as handle,
     ):
         if outcome.problem:
             handle.tag("problem", outcome.problem)
-            raise _CellFailed
+            handle.tag("problem_kind", outcome.kind)
+            raise CellFailed
         notes = read_notes(folder, cell)
         for step, values in notes.metrics:
             handle.log(step, values)
         handle.log(0, {"seconds": notes.seconds})
         handle.tag("init_report", notes.init_text)
+        for key, value in init_tags(notes.init_report).items():
+            handle.tag(key, value)
         if notes.warnings:
+            handle.tag("num_warnings", len(notes.warnings))
             handle.tag("warnings", "\n".join(notes.warnings))
             log.warning("%s: %s", cell.key, " ".join(notes.warnings))
 
 
-class _CellFailed(Exception):  # noqa: N818  (ends a run of the journal as FAILED, no more)
+class CellFailed(Exception):  # noqa: N818  (ends a run of the journal as FAILED, no more)
     """A cell failed."""

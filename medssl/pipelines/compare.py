@@ -15,7 +15,7 @@ from medssl.evaluation.statistics import compare, estimate, labels_saved, learni
 from medssl.pipelines import baselines
 from medssl.pipelines.run_folder import RunFolder, keep_comparison, noted_inits
 from medssl.pipelines.sections import StatisticsConfig
-from medssl.reports.html import build_report, page_to_share
+from medssl.reports.html import build_report
 from medssl.tracking.base import RunHandle
 
 TABLES = ("results", "comparisons", "labels_saved", "learning_curves", "power")
@@ -33,11 +33,9 @@ def conclude(
     tabulate(out, predictions, statistics, metrics)
     baselines.tabulate(out, predictions, statistics, metrics)
     folder.finish()
-    handle.artifact(out / "config.yaml")
     for name in TABLES:
         handle.artifact(out / f"{name}.csv")
-    build_report(out)
-    handle.artifact(page_to_share(out))  # never one with patients' pixels
+    folder.send_report(handle, build_report(out))
 
 
 def tabulate(

@@ -29,6 +29,7 @@ from medssl.models.inits.base import init_provenance
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.facts import data_digests, data_facts
+from medssl.pipelines.labels import init_tags
 from medssl.pipelines.leakage import Leakage, write_hashes
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
@@ -38,7 +39,7 @@ from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
 from medssl.randomness import derive_seed
-from medssl.reports.html import build_report, page_to_share
+from medssl.reports.html import build_report
 from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
 from medssl.scans.selection import SelectionConfig
@@ -203,6 +204,7 @@ def _lead(
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("pretrain/backbone", params=job.parameters()) as handle, peers_needed():
+            folder.send_config(handle)
 
             def prepared() -> tuple[Store, Splits]:
                 store = _prepared(config, index, progress)
@@ -224,9 +226,8 @@ def _lead(
                 out / "figures" / "pretext_backbone.png" if config.include_images else None,
             )  # fmt: skip
             folder.finish()
-            build_report(out)
             handle.artifact(out / "checkpoints" / "backbone")
-            handle.artifact(page_to_share(out))  # never one with patients' pixels
+            folder.send_report(handle, build_report(out))
 
 
 def _follow(job: Pretraining, config: PretrainConfig, index: Index, out: Path) -> None:
@@ -326,7 +327,8 @@ def pretrain_backbone(
     )
     calls = Calls(lambda *_: None, lambda _: {}, lambda: None)
     if handle is not None:
-        handle.tag("init_report", str(report))
+        for key, value in init_tags(report.to_dict()).items():
+            handle.tag(key, value)
         handle.tag("pool_patients", len(pool))
         calls = _calls(job, puzzles, state, handle, folder, progress)
     seed = derive_seed(job.seed, "pretrain", job.label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,12 @@ from medssl.atomic import atomic_write
 from medssl.config import Config, validate_config
 from medssl.errors import ConfigError, DataError, MachineError
 from medssl.provenance import git_commit, machine, package_versions
+from medssl.reports.html import page_to_share
+from medssl.tracking.base import RunHandle
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
+from medssl.tracking.privacy import PUBLIC_CONFIG, public_command, public_config
+
+log = logging.getLogger(__name__)
 
 _CONFIG = "config.yaml"
 _PROVENANCE = "provenance.json"
@@ -50,12 +56,17 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config, command: str, *, resume: bool = False) -> None:
         self.path = path
+        tracking = getattr(config, "tracking", None)
+        self._pictures_may_leave = not getattr(config, "include_images", False) or (
+            tracking is not None and tracking.images
+        )
         check_same_config(path, config, resume=resume)
         same = _fixed(_read_config(path, type(config))) == _fixed(yaml.safe_load(config.to_yaml()))
         atomic_write(path / _CONFIG, config.to_yaml())
+        atomic_write(path / PUBLIC_CONFIG, public_config(config))
         previous = _read_json(path / _PROVENANCE) if same else {}
         self._provenance: dict[str, Any] = {
-            "command": command,
+            "command": public_command(command, config),
             "config_digest": config.digest(),
             "started": previous.get("started", _now()),
             "restarts": int(previous.get("restarts", -1)) + 1,
@@ -67,6 +78,14 @@ class RunFolder:
             "machine": machine(),
         }
         self.note()
+
+    def send_config(self, handle: RunHandle) -> None:
+        """Let MLflow have the configuration, without what may not leave."""
+        handle.artifact(self.path / PUBLIC_CONFIG)
+
+    def send_report(self, handle: RunHandle, report: Path) -> None:
+        """Let MLflow have the report; one without patients' pixels where none may leave."""
+        handle.artifact(report if self._pictures_may_leave else page_to_share(self.path))
 
     def note(self, **facts: Any) -> None:
         """Add facts to ``provenance.json``."""

@@ -19,6 +19,7 @@ from medssl.pipelines import compare, prepare
 from medssl.pipelines import index as indexing
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
+from medssl.pipelines.labels import evaluation_params
 from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.pretrain import (
     Pretraining,
@@ -158,6 +159,7 @@ def run(
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
         with tracker.run("study", params=_parameters(config)) as handle:
+            folder.send_config(handle)
             index, tasks, splits, store = gather(config, progress)
             starts = {label: init.init for label, init in config.inits.items()}
             folder.pin_data(
@@ -335,14 +337,4 @@ def _pretrained_digests(
 
 
 def _parameters(config: StudyConfig) -> dict[str, Any]:
-    """Return the few settings that people filter runs by; the whole config is an artifact."""
-    return {
-        "name": config.name,
-        "seed": config.seed,
-        "backbone": config.backbone.model_dump(mode="json"),
-        "inits": ", ".join(config.inits),
-        "tasks": ", ".join(getattr(task, "label", None) or task.name for task in config.tasks),
-        "protocols": ", ".join(protocol.name for protocol in config.protocols),
-        "seeds": len(config.matrix.seeds),
-        "config_digest": config.digest(),
-    }
+    return evaluation_params(config, config, config.backbone, config.inits, config.seed)

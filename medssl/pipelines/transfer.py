@@ -34,6 +34,7 @@ from medssl.models.inits import INITS
 from medssl.pipelines import baselines, compare, prepare
 from medssl.pipelines.cells import CellWork, Evaluation, run_name, track
 from medssl.pipelines.facts import data_digests, data_facts
+from medssl.pipelines.labels import evaluation_params
 from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.prepare import MaskSource
 from medssl.pipelines.pretrain import draw_splits
@@ -107,7 +108,8 @@ def run(
     tasks = build_tasks(config, config.sampling, index)
     with Tracker(out, config.tracking) as tracker:
         folder = RunFolder(out, config, command_line(), resume=resume)
-        with tracker.run("transfer", params=config.model_dump(mode="json")) as handle:
+        with tracker.run("transfer", params=_parameters(config)) as handle:
+            folder.send_config(handle)
             store = prepare.prepare(
                 index,
                 config.preprocessing,
@@ -128,6 +130,10 @@ def run(
             compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
             raise_failures(failed, len(evaluation.cells()))
     return out
+
+
+def _parameters(config: TransferConfig) -> dict[str, Any]:
+    return evaluation_params(config, config, config.backbone, config.inits, config.seed)
 
 
 def plan(config: TransferConfig) -> dict[str, Any]:

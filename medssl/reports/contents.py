@@ -124,7 +124,8 @@ def read_contents(folder: Path) -> Contents:
     return Contents(
         folder=folder,
         config=config,
-        config_text=text,
+        # As it may be shown to others: without places on this machine, where a run made that.
+        config_text=_text(folder / "config.public.yaml") or text,
         results=_with_names(_table(folder / "results.csv"), names),
         comparisons=_with_names(_table(folder / "comparisons.csv"), names),
         predictions=_with_names(_predictions(folder / "predictions.parquet"), names),

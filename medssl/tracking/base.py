@@ -4,7 +4,7 @@ with Tracker(run_folder, config) as tracker:
     with tracker.run("study", params={...}):
         with tracker.run("pretrain/rotation", parent="study") as run:
             run.log(step, {"train/loss": 0.7})
-            run.artifact(run_folder / "config.yaml")
+            run.artifact(run_folder / "config.public.yaml")
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ import yaml
 from pydantic import Field, field_validator
 
 from medssl.config import Config, validate_config
-from medssl.errors import AbandonedError, DataError, Terminated
-from medssl.tracking.journal import JOURNAL_NAME, FolderLock, Journal, encode
+from medssl.errors import AbandonedError, DataError, MachineError, Terminated
+from medssl.tracking.journal import (
+    JOURNAL_NAME,
+    SILENCE,
+    SYSTEM,
+    FolderLock,
+    Journal,
+    encode,
+)
 from medssl.tracking.mlflow import Delivery, SyncReport
+from medssl.tracking.system import Sampler
 
 log = logging.getLogger(__name__)
 
 # How long the end of a run waits for a store that makes no progress, in seconds.
-SERVER_PATIENCE_SECONDS = 4.0
+SERVER_PATIENCE_SECONDS = 3.0
 LOCAL_PATIENCE_SECONDS = 60.0  # a new sqlite file takes seconds to fill with its tables
 MAX_PAUSE_SECONDS = 60.0  # between two attempts at a server that does not answer
 
@@ -46,7 +54,15 @@ class TrackingConfig(Config):
         description="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite beside the run",
     )
     experiment: str = Field("medssl", min_length=1, description="MLflow experiment")
+    images: bool = Field(
+        False, description="send a report that shows pixels of patients, see include_images"
+    )
     flush_seconds: float = Field(2.0, gt=0, description="pause between two deliveries, s")
+    system_seconds: float | None = Field(
+        10.0,
+        gt=0,
+        description="pause between two samples of processor, memory and GPU, s; null: no samples",
+    )
 
     @field_validator("uri")
     @classmethod
@@ -81,6 +97,7 @@ class Tracker:
         self._lock = FolderLock(run_folder)
         try:
             self._journal = Journal(run_folder)
+            self._journal.end_abandoned()  # an earlier process's; what goes on starts again
         except BaseException:
             self._lock.release()
             raise
@@ -92,6 +109,10 @@ class Tracker:
             delivery = Delivery(run_folder, config.uri, config.experiment)
             self._courier = _Courier(delivery, config.flush_seconds)
             self._courier.start()
+        self._sampler: Sampler | None = None
+        if config.system_seconds is not None:
+            self._sampler = Sampler(run_folder, config.system_seconds, self._write_sample)
+            self._sampler.start()
 
     def run(
         self,
@@ -108,8 +129,10 @@ class Tracker:
         Args:
             name: unique within the run folder, for example ``pretrain/rotation``.
             parent: name of the run it belongs to; started before.
-            params: settings, nested as they like; paths and user names are not sent on.
+            params: settings, nested as they like.
             tags: short labels.
+
+        The journal keeps all of them; MLflow receives those that `medssl.tracking.privacy` lists.
 
         Raises:
             ValueError: the parent has not been started.
@@ -131,11 +154,15 @@ class Tracker:
         """
         if self._report is not None:
             return self._report
-        for handle in reversed(self._open):  # left without `with`: it did not reach its end
-            self._journal.append("end", handle.name, status="KILLED")
-        self._journal.close()
-        self._report = self._courier.finish() if self._courier else SyncReport()
-        self._lock.release()
+        if self._sampler is not None:
+            self._sampler.finish()
+        try:
+            for handle in reversed(self._open):  # left without `with`: it did not reach its end
+                self._journal.append("end", handle.name, status="KILLED", error=SILENCE)
+            self._journal.close()
+        finally:  # a full disk: what is in the journal is delivered all the same
+            self._report = self._courier.finish() if self._courier else SyncReport()
+            self._lock.release()
         if self._report.undelivered:
             log.warning(
                 "%d records are not in MLflow yet (%s). They are safe in %s; deliver them with: "
@@ -146,6 +173,12 @@ class Tracker:
                 self.run_folder,
             )
         return self._report
+
+    def _write_sample(self, values: dict[str, float]) -> None:
+        """Write a sample of the machine for every run that is under way."""
+        for handle in list(self._open):
+            step = self._journal.runs[handle.name].num_samples
+            self._journal.append(SYSTEM, handle.name, step=step, values=values)
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +224,8 @@ class RunHandle:
     def artifact(self, path: Path) -> None:
         """Log a file or folder that lies inside the run folder, as it is at delivery.
 
+        Of a folder, MLflow receives the files that `medssl.tracking.privacy.may_leave` names.
+
         Raises:
             ValueError: the path lies outside the run folder or does not exist.
         """
@@ -233,11 +268,13 @@ class RunHandle:
         self._tracker._open.remove(self)
         if kind is None:
             self._journal.append("end", self.name, status="FINISHED")
-        elif issubclass(kind, _KILLING):
-            self._journal.append("end", self.name, status="KILLED", error=kind.__name__)
-        else:
+            return
+        status = "KILLED" if issubclass(kind, _KILLING) else "FAILED"
+        try:
             # The kind only: a message of a foreign library may carry a name or a path.
-            self._journal.append("end", self.name, status="FAILED", error=kind.__name__)
+            self._journal.append("end", self.name, status=status, error=kind.__name__)
+        except MachineError as unwritten:  # the error that ends the run matters more
+            log.warning("How run %s ended is not in the journal: %s", self.name, unwritten)
 
 
 def sync(run_folder: Path, config: TrackingConfig | None = None) -> SyncReport:
@@ -259,8 +296,11 @@ def sync(run_folder: Path, config: TrackingConfig | None = None) -> SyncReport:
     config = config or _config_of(run_folder)
     lock = FolderLock(run_folder)
     try:
+        journal = Journal(run_folder)
+        journal.end_abandoned()
+        journal.close()
         delivery = Delivery(run_folder, config.uri, config.experiment)
-        delivery.deliver(closing=True)
+        delivery.deliver()
         return delivery.report()
     finally:
         lock.release()
@@ -299,7 +339,7 @@ class _Courier(threading.Thread):
         while not self._stop_now.wait(pause):
             arrived = self._delivery.deliver()
             pause = self._flush_seconds if arrived else min(2 * pause, MAX_PAUSE_SECONDS)
-        self._delivery.deliver(closing=True)
+        self._delivery.deliver()
 
     def finish(self) -> SyncReport:
         """Wait for the last delivery as long as it makes progress."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from medssl.tracking.journal import Record
-from medssl.tracking.privacy import public
+from medssl.tracking.privacy import public_param, public_tag, public_text
 
 # MLflow's own limits, in characters.
 MAX_KEY_LENGTH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 250, 6000, 8000
@@ -28,14 +30,18 @@ class Batch:
     tags: dict[str, str] = field(default_factory=dict)
 
     def add_params(self, record: Record) -> None:
-        """Take a record of settings."""
+        """Take a record of settings; those that may not leave are left out."""
         for key, value in record["values"].items():
-            self.params[metric_key(key)] = public(key, value)[:MAX_PARAM_LENGTH]
+            text = public_param(key, value)
+            if text is not None:
+                self.params[metric_key(key)] = text[:MAX_PARAM_LENGTH]
 
     def add_tags(self, record: Record) -> None:
-        """Take a record of labels."""
+        """Take a record of labels; those that may not leave are left out."""
         for key, value in record["values"].items():
-            self.tags[tag_key(key)] = public(key, value)[:MAX_TAG_LENGTH]
+            text = public_tag(key, value)
+            if text is not None:
+                self.tags[tag_key(key)] = text[:MAX_TAG_LENGTH]
 
     def add_metrics(self, record: Record) -> None:
         """Take a record of metrics; a value that is not finite becomes a tag."""
@@ -50,7 +56,7 @@ class Batch:
 
 def metric_key(key: str) -> str:
     """Return a key with no character that MLflow refuses."""
-    return _NOT_IN_A_KEY.sub("_", key)[:MAX_KEY_LENGTH]
+    return _NOT_IN_A_KEY.sub("_", public_text(key))[:MAX_KEY_LENGTH]
 
 
 def tag_key(key: str) -> str:
@@ -61,3 +67,9 @@ def tag_key(key: str) -> str:
 def milliseconds(seconds: float) -> int:
     """Return MLflow's unit of time."""
     return round(seconds * 1000)
+
+
+def parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield a list in parts of at most a size."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -7,8 +7,10 @@ Values that JSON cannot hold are written as the words ``nan``, ``inf`` and ``-in
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import threading
@@ -22,9 +24,16 @@ from typing import Any
 from medssl.atomic import disk_errors
 from medssl.errors import MachineError
 
+log = logging.getLogger(__name__)
+
 JOURNAL_NAME = "journal.jsonl"
 LOCK_NAME = ".journal.lock"
 HEADER = "journal"  # kind of the first record, which names the journal itself
+SYSTEM = "system"  # kind of a record that says how busy the machine is, and nothing of the run
+
+# Given back when the disk is full, so that the journal can still say how its runs ended.
+RESERVE_BYTES = 64 * 1024
+SILENCE = "no word"  # how a run ended whose process was killed or lost its power
 
 Record = dict[str, Any]
 
@@ -35,6 +44,8 @@ class RunState:
 
     open: bool = False
     finished: bool = False
+    last_time: float = 0.0
+    num_samples: int = 0  # of the machine
     last_step: dict[str, int] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
 
@@ -43,6 +54,7 @@ class FolderLock:
     """At most one process writes or delivers a run folder's journal.
 
     A record lock: it ends with the process however that dies, and forked workers do not hold it.
+    The file's own bytes are the reserve of `RESERVE_BYTES`.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -58,6 +70,10 @@ class FolderLock:
                 f"run folder {run_folder.name}: another medssl process is using it. "
                 "Wait until it ends, or choose another --out."
             ) from None
+        try:
+            os.posix_fallocate(self._handle, 0, RESERVE_BYTES)
+        except OSError:  # full already, or a file system that cannot; writing itself will tell
+            log.debug("No reserve for the journal.")
 
     def release(self) -> None:
         """Let the next process in; the file itself stays."""
@@ -93,9 +109,15 @@ class Journal:
             record |= content
             line = (json.dumps(encode(record), allow_nan=False) + "\n").encode()
             with disk_errors(self.path):
-                self._write_whole(line)
+                self._write_whole(line, may_use_reserve=kind == "end")
             self._seq += 1
             self._note(record)
+
+    def end_abandoned(self) -> None:
+        """Write the end of runs whose process died without a word: at the last that it wrote."""
+        for name in [name for name, state in self.runs.items() if state.open]:
+            last = self.runs[name].last_time
+            self.append("end", name, status="KILLED", error=SILENCE, ended=last)
 
     def close(self) -> None:
         """Flush to the disk itself and close."""
@@ -106,15 +128,19 @@ class Journal:
                 os.close(self._file)
                 self._file = -1
 
-    def _write_whole(self, line: bytes) -> None:
+    def _write_whole(self, line: bytes, *, may_use_reserve: bool) -> None:
         end = os.fstat(self._file).st_size
         try:
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._file, end)  # a part of a line would spoil the next one
-            raise
+            if not may_use_reserve or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # By its path: closing a second handle would let the lock go.
+            os.truncate(self.path.with_name(LOCK_NAME), 0)
+            self._write_whole(line, may_use_reserve=False)
 
     def _replay(self) -> int:
         """Drop a torn end, learn what is logged, and return the next sequence number."""
@@ -130,6 +156,7 @@ class Journal:
         if record["kind"] == HEADER:
             return
         state = self.runs.setdefault(record["run"], RunState())
+        state.last_time = float(record["time"])
         match record["kind"]:
             case "start":
                 state.open, state.finished = True, False
@@ -141,6 +168,8 @@ class Journal:
                     state.last_step[key] = max(record["step"], state.last_step.get(key, -1))
             case "params":
                 state.params |= record["values"]
+            case "system":
+                state.num_samples = int(record["step"]) + 1
             case _:
                 pass
 

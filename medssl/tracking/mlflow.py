@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,21 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from medssl.tracking.batch import Batch, milliseconds
+from medssl.tracking.batch import Batch, milliseconds, parts
 from medssl.tracking.cursor import Cursor, CursorFile
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
-from medssl.tracking.privacy import public
+from medssl.tracking.privacy import TEXT_SUFFIXES, may_leave, public_text
 
 log = logging.getLogger(__name__)
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 KEY_TAG = "medssl.key"
+ENDED_TAG = "ended_by"  # completion, or the kind of what ended the run
 
-# MLflow's own limits of one batch, and how much is delivered before the cursor is saved.
-MAX_METRICS, MAX_PARAMS_TAGS = 1000, 100
-CHUNK_RECORDS = 5000
+# MLflow takes up to 1000 metrics in one batch; of smaller ones a busy server is seen to answer,
+# and the end of a run goes on waiting for it.
+MAX_METRICS, MAX_PARAMS_TAGS = 200, 100
+CHUNK_RECORDS = 1000  # delivered before the cursor is saved
 LOCK_SECONDS = 120.0  # until another process has made the tables of a new sqlite file
 # Error codes that a second attempt does not mend.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
@@ -118,20 +119,14 @@ class Delivery:
         """Whether the store is a file on this machine."""
         return urlsplit(self._uri).scheme == "sqlite"
 
-    def deliver(self, *, closing: bool = False) -> bool:
-        """Deliver what is new; return whether all of it arrived. Never raises for a store.
-
-        Args:
-            closing: no process will go on with the folder: runs left open are marked KILLED.
-        """
+    def deliver(self) -> bool:
+        """Deliver what is new; return whether all of it arrived. Never raises for a store."""
         with self._one_at_a_time:
             try:
                 self._connect()
                 while self._deliver_chunk():
                     pass
                 self._deliver_artifacts()
-                if closing:
-                    self._close_abandoned_runs()
             except _Abandoned:
                 return False
             # Whatever a store, its driver or the network throws must not reach training.
@@ -276,15 +271,15 @@ class Delivery:
                 batch.add_params(record)
             case "tags":
                 batch.add_tags(record)
-            case "metrics":
+            case "metrics" | "system":
                 batch.add_metrics(record)
             case "artifact":
                 artifacts.append([run, record["path"]])
             case "end":
-                if "error" in record:
-                    batch.tags["error"] = str(record["error"])
+                batch.tags[ENDED_TAG] = str(record.get("error", "completion"))
                 self._send(run, batches.pop(run))
-                self._end(run, record["status"], record["time"])
+                seconds = float(record.get("ended") or record["time"])
+                self._end(run, record["status"], seconds)
             case _:
                 batches.pop(run)  # the header, or a kind of a later version
 
@@ -296,6 +291,7 @@ class Delivery:
             self._save_cursor()
         elif record.get("resumed"):
             self._client.update_run(known[name], status="RUNNING")
+            self._client.set_tag(known[name], ENDED_TAG, "not yet, after a restart")
         self._advance()
 
     def _find_or_create(self, record: Record) -> str:
@@ -313,7 +309,7 @@ class Delivery:
             self._experiment_id,
             start_time=milliseconds(record["time"]),
             tags=tags,
-            run_name=public("name", record["run"]),
+            run_name=public_text(record["run"]),
         )
         return str(run.info.run_id)
 
@@ -330,11 +326,11 @@ class Delivery:
         metrics = [Metric(k, value, at, step) for k, value, step, at in batch.metrics]
         params = [Param(k, value) for k, value in batch.params.items()]
         tags = [RunTag(k, value) for k, value in batch.tags.items()]
-        for part in _parts(metrics, MAX_METRICS):
+        for part in parts(metrics, MAX_METRICS):
             self._log_batch(run_id, metrics=part)
-        for part in _parts(params, MAX_PARAMS_TAGS):
+        for part in parts(params, MAX_PARAMS_TAGS):
             self._log_batch(run_id, params=part)
-        for part in _parts(tags, MAX_PARAMS_TAGS):
+        for part in parts(tags, MAX_PARAMS_TAGS):
             self._log_batch(run_id, tags=part)
 
     def _log_batch(self, run_id: str | None, **items: list[Any]) -> None:
@@ -378,32 +374,24 @@ class Delivery:
 
     def _copy_artifact(self, run_id: str | None, relative: str) -> None:
         path = self._folder / relative
-        if path.is_dir():
-            self._client.log_artifacts(run_id, str(path), relative)
-        elif path.is_file():
-            parent = Path(relative).parent.as_posix()
-            self._client.log_artifact(run_id, str(path), None if parent == "." else parent)
-        else:
-            self._refused += 1
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        names = [file.relative_to(self._folder).as_posix() for file in found]
+        if not path.exists():
+            self._refused += may_leave(relative)
             log.warning("Artifact %s is no longer in the run folder.", relative)
+            return
+        for file, name in zip(found, names, strict=True):
+            if file.is_file() and may_leave(name):
+                self._copy_file(run_id, file, name)
 
-    def _close_abandoned_runs(self) -> None:
-        """Mark as KILLED the runs whose process died without a word."""
-        last: dict[str, Record] = {}
-        still_open: set[str] = set()
-        for record, _ in read_journal(self._folder / JOURNAL_NAME):
-            last[record["run"]] = record
-            if record["kind"] == "start":
-                still_open.add(record["run"])
-            elif record["kind"] == "end":
-                still_open.discard(record["run"])
-        for run in sorted(still_open):
-            self._end(run, "KILLED", last[run]["time"])
-
-
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    def _copy_file(self, run_id: str | None, file: Path, name: str) -> None:
+        if file.suffix in TEXT_SUFFIXES:
+            text = file.read_text(encoding="utf-8")
+            if (public := public_text(text)) != text:
+                self._client.log_text(run_id, public, name)
+                return
+        place = name.rpartition("/")[0]
+        self._client.log_artifact(run_id, str(file), place or None)
 
 
 def _kind(error: Exception) -> str:

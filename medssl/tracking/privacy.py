@@ -1,45 +1,185 @@
-"""What may leave the run folder: settings and labels that name no place and no account."""
+"""What may leave the run folder for MLflow: a list, and nothing beside it.
+
+Settings and labels go by their name, artifacts by theirs, and a configuration goes as a copy that
+keeps numbers, choices that medssl itself names, and the names that people give to a study, an init,
+a task, a class or a backbone's variant. Those names are in every table and figure, so they are
+chosen to be read. All other text (folders, files, columns, addresses, patterns, salts) stays.
+What does leave is searched for the account's name and home as well.
+"""
 
 from __future__ import annotations
 
 import getpass
 import json
-import logging
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin
 
-log = logging.getLogger(__name__)
+import yaml
 
-# Values that name a place on this machine are not sent on.
-_PLACE_KEYS = {"path", "folder", "file", "root", "uri", "directory"}
+from medssl.config import Config
+
+PUBLIC_CONFIG = "config.public.yaml"
+WITHHELD = "(withheld)"
+_NOTE = f"# What reads {WITHHELD} is in config.yaml of the run folder, which stays there.\n"
+
+# Settings whose text may leave, beside numbers. A setting of a backbone may, whichever it is.
+_PARAMS = {
+    "name", "pretext", "init", "inits", "backbone", "task", "tasks", "protocol", "protocols",
+    "config_digest", "steps", "global_batch_size", "seed", "seeds", "chance_level",
+    "num_labelled_patients",
+}  # fmt: skip
+_BACKBONE = "backbone."
+
+# Labels that may leave; of the last three, with whatever follows.
+_TAGS = {
+    "pretext", "pool_patients", "ended_by", "problem_kind", "num_warnings", "init_percent",
+    "init_origin", "init_sha256",
+}  # fmt: skip
+_TAG_FAMILIES = ("health", "nonfinite", "changed")
+
+# Fields of configurations that hold a name someone chose to be read, see above.
+_NAMED = {
+    "name", "label", "variant", "reference", "experiment", "classes", "label_columns", "unit",
+    "modalities", "without_flags", "labelled_patients", "device",
+}  # fmt: skip
+_NAME = re.compile(r"[\w.+\-:% ]{1,64}")
+_NAMES = re.compile(rf"{_NAME.pattern}(?:, {_NAME.pattern})*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# Artifacts: tables, report and configuration at the top of a run folder, and checkpoints.
+_TOP = {
+    PUBLIC_CONFIG, "report.html", "results.csv", "comparisons.csv", "labels_saved.csv",
+    "learning_curves.csv", "power.csv", "baselines.csv",
+}  # fmt: skip
+_CHECKPOINTS = "checkpoints"
+_CHECKPOINT_FILES = {"backbone.safetensors", "contract.json", "validation.json"}
+TEXT_SUFFIXES = {".yaml", ".html", ".csv", ".json"}
+
 _PLACE = re.compile(r"""(?:^|[\s='"(\[,:])(?:~?/|\.{1,2}/|\\\\|[A-Za-z]:[\\/])\S""")
 _SERVICE_ACCOUNTS = {"root", "medssl", "user", "app"}  # accounts that name nobody
 
 
-def public(key: str, value: Any) -> str:
-    """Return a value as text that names no place on this machine and no account.
+def public_param(key: str, value: Any) -> str | None:
+    """Return a setting as text, or None where it stays in the journal.
 
     Args:
-        key: name of the setting; ``…path``, ``…folder`` and the like hold places.
+        key: name of the setting.
         value: plain JSON content.
     """
+    if key not in _PARAMS and not key.startswith(_BACKBONE):
+        return None
+    if isinstance(value, str) and not _NAMES.fullmatch(value):
+        return None
+    return public_text(value)
+
+
+def public_tag(key: str, value: Any) -> str | None:
+    """Return a label as text, or None where it stays in the journal."""
+    family, _, rest = key.partition(".")
+    if family == "changed":
+        return public_param(rest, value)
+    if key not in _TAGS and family not in _TAG_FAMILIES:
+        return None
+    text = public_text(value)
+    return None if _PLACE.search(text) else text
+
+
+def public_text(value: Any) -> str:
+    """Return text, or JSON, without the name of this account and its home."""
     text = value if isinstance(value, str) else json.dumps(value)
-    words = re.split(r"[._]", key.lower())
-    if isinstance(value, str) and (words[-1] in _PLACE_KEYS or _PLACE.search(text)):
-        return "(a path)"
-    if isinstance(value, list | dict) and _PLACE.search(text):
-        return "(a path)"
-    for account in _accounts():
-        text = re.sub(rf"(?<!\w){re.escape(account)}(?!\w)", "(a name)", text, flags=re.IGNORECASE)
+    for private in _private_words():
+        text = private.sub("(a name)", text)
     return text
 
 
-def _accounts() -> Iterator[str]:
-    names = {Path.home().name}
+def may_leave(relative: str) -> bool:
+    """Return whether a file of the run folder, named relative to it, may be sent."""
+    path = PurePosixPath(relative)
+    if path.parent == PurePosixPath("."):
+        return path.name in _TOP
+    return len(path.parts) == 3 and path.parts[0] == _CHECKPOINTS and path.name in _CHECKPOINT_FILES
+
+
+def public_config(config: Config) -> str:
+    """Return a configuration as YAML, with all that is not on the list withheld."""
+    content = yaml.safe_dump(_shown(config), sort_keys=False, width=100)
+    return _NOTE + public_text(content)
+
+
+def public_command(command: str, config: Config) -> str:
+    """Return a command line whose overrides of withheld settings are withheld as well.
+
+    Args:
+        command: as a shell takes it.
+        config: what came of it.
+    """
+    return shlex.join(_public_argument(argument, config) for argument in shlex.split(command))
+
+
+def _public_argument(argument: str, config: Config) -> str:
+    key, equals, _ = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    node: Any = _shown(config)
+    for part in key.split("."):
+        if isinstance(node, Mapping):
+            node = node.get(part, WITHHELD)
+        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            node = WITHHELD
+    return f"{key}={WITHHELD}" if WITHHELD in json.dumps(node) else argument
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain content, with only what may be shown."""
+    return {
+        name: _shown_value(getattr(config, name), name, _choices(field.annotation))
+        for name, field in type(config).model_fields.items()
+    }
+
+
+def _shown_value(value: Any, field: str, choices: frozenset[str]) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Config):
+        return _shown(value)
+    if isinstance(value, Mapping):
+        return {
+            (key if _NAME.fullmatch(str(key)) else WITHHELD): _shown_value(item, field, choices)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_shown_value(item, field, choices) for item in value]
+    if isinstance(value, str) and (
+        value in choices or _SHA256.fullmatch(value) or (field in _NAMED and _NAME.fullmatch(value))
+    ):
+        return value
+    return WITHHELD
+
+
+def _choices(annotation: Any) -> frozenset[str]:
+    """Return the words that a field's type itself names."""
+    if get_origin(annotation) is Literal:
+        return frozenset(word for word in get_args(annotation) if isinstance(word, str))
+    return frozenset().union(*map(_choices, get_args(annotation)))
+
+
+def _private_words() -> Iterator[re.Pattern[str]]:
+    home = Path.home()
+    names = {home.name} | _account()
+    if len(home.parts) > 1 and home.name not in _SERVICE_ACCOUNTS:
+        yield re.compile(re.escape(str(home)))
+    for name in sorted(names):
+        if len(name) > 1 and name.lower() not in _SERVICE_ACCOUNTS:
+            yield re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", re.IGNORECASE)
+
+
+def _account() -> set[str]:
     try:
-        names.add(getpass.getuser())
-    except (KeyError, OSError):
-        log.debug("This account has no name.")
-    yield from (name for name in names if len(name) > 1 and name not in _SERVICE_ACCOUNTS)
+        return {getpass.getuser()}
+    except (KeyError, OSError):  # this account has no name
+        return set()

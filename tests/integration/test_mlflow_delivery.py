@@ -72,8 +72,8 @@ def write_study(folder: Path, config: TrackingConfig) -> float:
     """Log a small study; return the longest time one call took, in s."""
     longest = 0.0
     with Tracker(folder, config) as tracker, tracker.run("study", params={"seed": 1}) as study:
-        (folder / "config.yaml").write_text("seed: 1\n")
-        study.artifact(folder / "config.yaml")
+        (folder / "config.public.yaml").write_text("seed: 1\n")
+        study.artifact(folder / "config.public.yaml")
         with tracker.run("pretrain/rotation", parent="study", tags={"pretext": "rotation"}) as run:
             for step in range(100):
                 started = time.monotonic()
@@ -82,6 +82,7 @@ def write_study(folder: Path, config: TrackingConfig) -> float:
             checkpoint = folder / "checkpoints" / "rotation"
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / "contract.json").write_text("{}")
+            (checkpoint / "state.pt").write_text("for going on, and for nobody else")
             run.artifact(checkpoint)
     return longest
 
@@ -95,7 +96,7 @@ def test_a_study_arrives_whole(folder: Path) -> None:
     assert pretrain.data.tags["pretext"] == "rotation"
     assert steps(folder, pretrain, "train/loss") == list(range(100))
     store = client(folder)
-    assert [item.path for item in store.list_artifacts(study.info.run_id)] == ["config.yaml"]
+    assert [item.path for item in store.list_artifacts(study.info.run_id)] == ["config.public.yaml"]
     inside = store.list_artifacts(pretrain.info.run_id, "checkpoints/rotation")
     assert [item.path for item in inside] == ["checkpoints/rotation/contract.json"]
 

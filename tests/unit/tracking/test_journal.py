@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medssl.errors import MachineError
-from medssl.tracking.journal import JOURNAL_NAME, FolderLock, Journal, read_journal
+from medssl.tracking.journal import (
+    JOURNAL_NAME,
+    RESERVE_BYTES,
+    FolderLock,
+    Journal,
+    read_journal,
+)
 
 
 def kinds(folder: Path) -> list[str]:
@@ -101,3 +107,48 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path: Path, monkeypatch) -> Non
     journal.append("start", "study")
     journal.close()
     assert kinds(tmp_path) == ["journal", "start"]
+
+
+def test_a_full_disk_still_takes_the_end_of_a_run(tmp_path: Path, monkeypatch) -> None:
+    lock = FolderLock(tmp_path)
+    reserve = tmp_path / ".journal.lock"
+    assert reserve.stat().st_blocks * 512 >= RESERVE_BYTES
+    journal = Journal(tmp_path)
+    journal.append("start", "study")
+    real_write = os.write
+
+    def full_until_the_reserve_is_given_back(handle: int, data: bytes) -> int:
+        if reserve.stat().st_size:
+            raise OSError(28, "No space left on device")
+        return real_write(handle, data)
+
+    monkeypatch.setattr(os, "write", full_until_the_reserve_is_given_back)
+    with pytest.raises(MachineError, match="no space left on the disk"):
+        journal.append("metrics", "study", step=0, values={"loss": 1.0})
+    journal.append("end", "study", status="FAILED")
+    journal.close()
+    lock.release()
+    assert kinds(tmp_path) == ["journal", "start", "end"]
+    FolderLock(tmp_path).release()
+    assert reserve.stat().st_size == RESERVE_BYTES
+
+
+def test_runs_that_were_left_open_end_as_killed_when_they_were_last_heard_of(
+    tmp_path: Path,
+) -> None:
+    journal = Journal(tmp_path)
+    for run in ("study", "cell/a", "cell/b"):
+        journal.append("start", run)
+    journal.append("end", "cell/a", status="FINISHED")
+    journal.close()
+    heard = {record["run"]: record["time"] for record, _ in read_journal(journal.path)}
+    again = Journal(tmp_path)
+    again.end_abandoned()
+    again.end_abandoned()  # once is enough
+    again.close()
+    ends = [record for record, _ in read_journal(journal.path) if record["kind"] == "end"]
+    assert [(end["run"], end["status"], end.get("error"), end.get("ended")) for end in ends] == [
+        ("cell/a", "FINISHED", None, None),
+        ("study", "KILLED", "no word", heard["study"]),
+        ("cell/b", "KILLED", "no word", heard["cell/b"]),
+    ]
