@@ -19,12 +19,13 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from medssl.config import Config, validate_config
-from medssl.errors import AbandonedError, DataError, Terminated
+from medssl.errors import AbandonedError, ConfigError, DataError, Terminated
 from medssl.tracking.journal import JOURNAL_NAME, FolderLock, Journal, encode
 from medssl.tracking.mlflow import Delivery, SyncReport
+from medssl.tracking.registry import check_name
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class TrackingConfig(Config):
     )
     experiment: str = Field("medssl", min_length=1, description="MLflow experiment")
     flush_seconds: float = Field(2.0, gt=0, description="pause between two deliveries, s")
+    register_as: str | None = Field(
+        None, description="model of MLflow's registry that pretrained backbones become versions of"
+    )
 
     @field_validator("uri")
     @classmethod
@@ -62,6 +66,17 @@ class TrackingConfig(Config):
                 "variable MLFLOW_TRACKING_URI, or the password in MLFLOW_TRACKING_PASSWORD"
             )
         return uri
+
+    @model_validator(mode="after")
+    def _registers_where_it_delivers(self) -> TrackingConfig:
+        if self.register_as is not None:
+            if not self.mlflow:
+                raise ValueError("register_as needs mlflow: true")
+            try:
+                check_name(self.register_as, None)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class Tracker:
@@ -199,6 +214,15 @@ class RunHandle:
             raise ValueError(f"artifact {path.name}: not a file or folder inside the run folder.")
         relative = path.resolve().relative_to(folder).as_posix()
         self._journal.append("artifact", self.name, path=relative)
+
+    def inputs(self, digests: Mapping[str, str], context: str) -> None:
+        """Log the data that the run works on, by digest; see `medssl.tracking.datasets`.
+
+        Args:
+            digests: by what they are of: ``index``, ``store``, ``splits``, ``labels of <task>``.
+            context: what for: ``pretraining`` or ``evaluation``.
+        """
+        self._journal.append("inputs", self.name, digests=dict(digests), context=context)
 
     def tag(self, key: str, value: object) -> None:
         """Set a label; the last value counts."""
