@@ -130,11 +130,14 @@ def after_run(run_folder: Path, tracking: TrackingConfig) -> list[Published]:
         return []
     try:
         return run(run_folder, tracking.register_as)
-    except MedsslError as error:
+    # Whatever a store or its driver throws: the run itself is complete.
+    except Exception as error:  # noqa: BLE001
+        # Only our own messages are known to hold no address and no password.
+        problem = error if isinstance(error, MedsslError) else f"{type(error).__name__}."
         log.warning(
             "The run is complete, but its backbones are not in MLflow's registry yet: %s Repeat it "
             "with: medssl weights register %s %s",
-            error, run_folder, tracking.register_as,
+            problem, run_folder, tracking.register_as,
         )  # fmt: skip
         return []
 

@@ -104,15 +104,24 @@ def test_nothing_is_registered_unless_a_config_says_so(monkeypatch, tmp_path):
     assert publish.after_run(tmp_path, TrackingConfig()) == []
 
 
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (MachineError("MLflow's model registry could not do it."), "registry could not do it."),
+        (RuntimeError("http://anna:secret@server"), "RuntimeError."),
+    ],
+)
 def test_a_registry_that_is_away_fails_no_run_and_says_what_to_repeat(
-    monkeypatch, tmp_path, caplog
+    monkeypatch, tmp_path, caplog, problem, told
 ):
     def away(*_: Any) -> list[Published]:
-        raise MachineError("MLflow's model registry could not do it.")
+        raise problem
 
     monkeypatch.setattr(publish, "run", away)
     assert publish.after_run(tmp_path / "ours", TrackingConfig(register_as="heart")) == []
     assert "The run is complete" in caplog.text
+    assert told in caplog.text
+    assert "secret" not in caplog.text
     assert f"medssl weights register {tmp_path / 'ours'} heart" in caplog.text
 
 
