@@ -116,26 +116,36 @@ def weights_verify(target: str, sha256: str | None, as_json: bool) -> None:
     "register",
     cls=Command,
     examples=[
+        "medssl weights register runs/ours heart",
         "medssl weights register runs/ours/checkpoints/rotation heart --alias champion",
     ],
-    writes=("To MLflow's registry, at MLFLOW_TRACKING_URI or the database beside the run folder."),
+    writes="To MLflow's registry, at MLFLOW_TRACKING_URI or the database beside the run folder.",
     codes=(0, 2, 3, 4),
 )
-@click.argument("checkpoint", type=PATH)
+@click.argument("source", metavar="RUN|CHECKPOINT", type=PATH)
 @click.argument("name")
-@click.option("--alias", help="Name that is moved to this version, for example: champion.")
+@click.option("--alias", help="Name that is moved to this version. Default: candidate.")
 @JSON
-def weights_register(checkpoint: Path, name: str, alias: str | None, as_json: bool) -> None:
-    """Register a checkpoint as a version of a model in MLflow's registry.
+def weights_register(source: Path, name: str, alias: str | None, as_json: bool) -> None:
+    """Register pretrained backbones as versions of a model in MLflow's registry.
 
-    A config then takes it as: {name: checkpoint, path: "models:/NAME@ALIAS"}.
+    A config takes one as: {name: checkpoint, path: "models:/NAME@ALIAS"}. MLflow serves one:
+    mlflow models predict -m models:/NAME@ALIAS -i paths.csv -t csv --env-manager local
+
+    Of a study, every pretrained backbone becomes a version with the alias candidate_INIT; one that
+    the study's verdicts name for a task gets best_for_TASK. Repeating it adds nothing twice.
     """
-    from medssl.models.checkpoints import find_checkpoint
-    from medssl.tracking.registry import register_checkpoint
+    from medssl.pipelines import publish
 
-    uri = register_checkpoint(find_checkpoint(checkpoint), name, alias)
-    named = {"alias": f"models:/{name}@{alias}"} if alias else {}
-    print_facts({"model": uri, **named}, as_json)
+    versions = [
+        {"model": version.uri, **publish.facts_of(version)}
+        for version in publish.run(source, name, alias)
+    ]
+    if as_json:
+        print_facts({"versions": versions}, as_json)
+        return
+    for version in versions:
+        print_facts(version, as_json)
 
 
 def _hash(text: str | None) -> str | None:

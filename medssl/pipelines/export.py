@@ -159,7 +159,7 @@ def _prepare(
             f"--image-size must hold {contract.spatial_dims} numbers of voxels, found "
             f"{' '.join(map(str, image_size))}."
         )
-    run_folder = _run_of(checkpoint)
+    run_folder = run_of(checkpoint)
     pretext = str((contract.pretext or {}).get("name", "no pretext task"))
     title = pretext if checkpoint.name in ("backbone", _CHECKPOINTS) else checkpoint.name
     first, _ = beginning(contract.model_dump(mode="json"))
@@ -168,7 +168,7 @@ def _prepare(
         backbone,
         contract,
         title,
-        preprocessing=_preprocessing(contract, run_folder),
+        preprocessing=preparation_of(contract, run_folder),
         values=values,
         image_size=image_size,
         card=render_card(
@@ -200,7 +200,7 @@ def _one_checkpoint(source: Path) -> Path:
     return find_checkpoint(source)
 
 
-def _run_of(checkpoint: Path) -> Path | None:
+def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder that a checkpoint lies in, if it does."""
     folder = checkpoint.resolve().parent
     run_folder = folder.parent
@@ -208,7 +208,7 @@ def _run_of(checkpoint: Path) -> Path | None:
     return run_folder if inside else None
 
 
-def _preprocessing(contract: Contract, run_folder: Path | None) -> dict[str, Any] | None:
+def preparation_of(contract: Contract, run_folder: Path | None) -> dict[str, Any] | None:
     """Return how scans were prepared: as the contract says, or else the run's configuration.
 
     Raises:

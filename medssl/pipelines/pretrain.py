@@ -26,7 +26,7 @@ from medssl.models.checkpoints import (
 )
 from medssl.models.inits import INITS
 from medssl.models.inits.base import init_provenance
-from medssl.pipelines import prepare
+from medssl.pipelines import prepare, publish
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.labels import init_tags
@@ -186,6 +186,7 @@ def run(
         job.task().request(config.sampling.request())  # refuses crops before anything is written
         if ranks.leads:
             _lead(job, config, index, out, resume, progress)
+            publish.after_run(out, config.tracking)
         else:
             with peers_needed():
                 _follow(job, config, index, out)
@@ -210,6 +211,7 @@ def _lead(
                 store = _prepared(config, index, progress)
                 splits = draw_splits(config.splits, dict.fromkeys(patients_of(store)), config.seed)
                 folder.pin_data(data_digests(index, store, splits))
+                handle.inputs(data_digests(index, store, splits), "pretraining")
                 splits.write(out / "splits.json")
                 return store, splits
 

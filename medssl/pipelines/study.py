@@ -15,7 +15,7 @@ from medssl.downstream.base import DownstreamTask
 from medssl.models.backbones import BACKBONES
 from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
-from medssl.pipelines import compare, prepare
+from medssl.pipelines import compare, prepare, publish
 from medssl.pipelines import index as indexing
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
@@ -162,9 +162,9 @@ def run(
             folder.send_config(handle)
             index, tasks, splits, store = gather(config, progress)
             starts = {label: init.init for label, init in config.inits.items()}
-            folder.pin_data(
-                {**data_digests(index, store, splits, tasks.values()), **checkpoint_digests(starts)}
-            )
+            digests = data_digests(index, store, splits, tasks.values())
+            folder.pin_data({**digests, **checkpoint_digests(starts)})
+            handle.inputs(digests, "evaluation")
             # What a pretraining goes on from must be free of test patients before it takes hours.
             check_leakage(
                 starts, store, splits,
@@ -192,6 +192,7 @@ def run(
             compare.conclude(out, config.statistics, evaluation.metrics(), handle, folder)
             progress("report", 1, 1)
             raise_failures(failed, len(evaluation.cells()))
+    publish.after_run(out, config.tracking)
     return out
 
 
@@ -321,6 +322,7 @@ def _init_of(
         return config.inits[label].init
     checkpoint = out / "checkpoints" / label
     with tracker.run(f"pretrain/{label}", parent=parent.name, params=job.parameters()) as handle:
+        handle.inputs(data_digests(index, store, splits), "pretraining")
         picture = out / "figures" / f"pretext_{label}.png" if config.include_images else None
         pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
         handle.artifact(checkpoint)

@@ -120,6 +120,7 @@ def run(
             splits = draw_splits(config.splits, labelled_patients(tasks, index), config.seed)
             digests = data_digests(index, store, splits, tasks.values())
             folder.pin_data({**digests, **checkpoint_digests(config.inits)})
+            handle.inputs(digests, "evaluation")
             splits.write(out / "splits.json")
             evaluation = Evaluation(
                 config, config.backbone, config.sampling, config.seed,

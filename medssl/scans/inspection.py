@@ -105,7 +105,7 @@ def inspect_path(path: Path) -> Inspection:
         folder, beside = path, frozenset[Path]()
         if not path.is_dir():
             folder = Path(made, "file")
-            beside = _link(path, folder)
+            beside = link_alone(path, folder)
         index = _index_alone(folder, Path(made, "index"))
         rows = index.table.sort_values(["status", "reason", "scan_key"])
         if beside:
@@ -166,7 +166,7 @@ def write_rejected(index: Index) -> Path:
     return private / REJECTED_NAME
 
 
-def _link(path: Path, folder: Path) -> frozenset[Path]:
+def link_alone(path: Path, folder: Path) -> frozenset[Path]:
     """Put a link to a file into a folder of its own, and links to what is read with it.
 
     Returns:

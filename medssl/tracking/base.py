@@ -19,10 +19,10 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from medssl.config import Config, validate_config
-from medssl.errors import AbandonedError, DataError, MachineError, Terminated
+from medssl.errors import AbandonedError, ConfigError, DataError, MachineError, Terminated
 from medssl.tracking.journal import (
     JOURNAL_NAME,
     SILENCE,
@@ -32,6 +32,7 @@ from medssl.tracking.journal import (
     encode,
 )
 from medssl.tracking.mlflow import Delivery, SyncReport
+from medssl.tracking.registry import check_name
 from medssl.tracking.system import Sampler
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class TrackingConfig(Config):
         gt=0,
         description="pause between two samples of processor, memory and GPU, s; null: no samples",
     )
+    register_as: str | None = Field(
+        None, description="model of MLflow's registry that pretrained backbones become versions of"
+    )
 
     @field_validator("uri")
     @classmethod
@@ -78,6 +82,17 @@ class TrackingConfig(Config):
                 "variable MLFLOW_TRACKING_URI, or the password in MLFLOW_TRACKING_PASSWORD"
             )
         return uri
+
+    @model_validator(mode="after")
+    def _registers_where_it_delivers(self) -> TrackingConfig:
+        if self.register_as is not None:
+            if not self.mlflow:
+                raise ValueError("register_as needs mlflow: true")
+            try:
+                check_name(self.register_as, None)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class Tracker:
@@ -234,6 +249,15 @@ class RunHandle:
             raise ValueError(f"artifact {path.name}: not a file or folder inside the run folder.")
         relative = path.resolve().relative_to(folder).as_posix()
         self._journal.append("artifact", self.name, path=relative)
+
+    def inputs(self, digests: Mapping[str, str], context: str) -> None:
+        """Log the data that the run works on, by digest; see `medssl.tracking.datasets`.
+
+        Args:
+            digests: by what they are of: ``index``, ``store``, ``splits``, ``labels of <task>``.
+            context: what for: ``pretraining`` or ``evaluation``.
+        """
+        self._journal.append("inputs", self.name, digests=dict(digests), context=context)
 
     def tag(self, key: str, value: object) -> None:
         """Set a label; the last value counts."""

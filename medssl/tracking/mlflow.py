@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from medssl.tracking.batch import Batch, milliseconds, parts
 from medssl.tracking.cursor import Cursor, CursorFile
+from medssl.tracking.datasets import dataset_inputs
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
 from medssl.tracking.privacy import TEXT_SUFFIXES, may_leave, public_text
 
@@ -49,6 +50,7 @@ _ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal itself is the retry
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -273,6 +275,8 @@ class Delivery:
                 batch.add_tags(record)
             case "metrics" | "system":
                 batch.add_metrics(record)
+            case "inputs":
+                self._log_inputs(record)
             case "artifact":
                 artifacts.append([run, record["path"]])
             case "end":
@@ -350,6 +354,19 @@ class Delivery:
             else:
                 for entry in entries:
                     self._log_batch(run_id, **{kind: [entry]})
+        self._advance()
+
+    def _log_inputs(self, record: Record) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self._stop_if_abandoned()
+        try:
+            self._client.log_inputs(self._cursor.runs[record["run"]], dataset_inputs(record))
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS:
+                raise
+            self._refused += 1
+            log.warning("MLflow refused the data of %r (%s).", record["run"], error.error_code)
         self._advance()
 
     # -------------------------------------------------------------------------- artifacts, ends

@@ -30,7 +30,10 @@ DEFAULT_STORE = Path("runs") / "mlflow.db"
 """Where runs of the working directory are tracked when `MLFLOW_TRACKING_URI` is not set."""
 
 _ARTIFACT_FOLDER = "checkpoint"
-_HASH_TAG = "weights_sha256"
+HASH_TAG = "weights_sha256"
+LAYOUT_TAG = "checkpoint_at"
+"""Tag of a version that is a whole MLflow model: where in it the checkpoint lies."""
+
 _NAME = re.compile(r"[^/@:\s](?:[^/@:\n]*[^/@:\s])?")
 """Names that MLflow takes and that can be told apart from the rest of a URI."""
 
@@ -66,6 +69,32 @@ def register_checkpoint(
         MachineError: no registry, or it does not answer.
     """
     digest, tags = _facts(folder)
+    check_name(name, alias)
+    with client_of() as client:
+        experiment_id = experiment_of(client, experiment)
+        run = client.create_run(experiment_id, run_name=f"register/{name}", tags=tags)
+        for file in FILES:
+            client.log_artifact(run.info.run_id, str(folder / file), _ARTIFACT_FOLDER)
+        client.set_terminated(run.info.run_id)
+        if not client.search_registered_models(f"name = '{quoted(name)}'"):
+            client.create_registered_model(name)
+        version = client.create_model_version(
+            name,
+            f"runs:/{run.info.run_id}/{_ARTIFACT_FOLDER}",
+            run_id=run.info.run_id,
+            tags={**tags, HASH_TAG: digest},
+        ).version
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+    return f"{SCHEME}/{name}/{version}"
+
+
+def check_name(name: str, alias: str | None) -> None:
+    """Refuse a name or an alias that cannot be told apart from the rest of a URI.
+
+    Raises:
+        ConfigError: it cannot; the message says which letters there may be.
+    """
     if _NAME.fullmatch(name) is None:
         raise ConfigError(
             f"{name!r} makes no URI of the form {_FORM}. Choose a name without /, @ and :."
@@ -75,27 +104,6 @@ def register_checkpoint(
             f"alias {alias!r} makes no URI of the form {_FORM}. Choose one of letters, digits, _ "
             "and -; latest, and v with a number, belong to MLflow."
         )
-    with _client() as client:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            experiment_id = client.create_experiment(experiment, _local_artifacts())
-        else:
-            experiment_id = found.experiment_id
-        run = client.create_run(experiment_id, run_name=f"register/{name}", tags=tags)
-        for file in FILES:
-            client.log_artifact(run.info.run_id, str(folder / file), _ARTIFACT_FOLDER)
-        client.set_terminated(run.info.run_id)
-        if not client.search_registered_models(f"name = '{_quoted(name)}'"):
-            client.create_registered_model(name)
-        version = client.create_model_version(
-            name,
-            f"runs:/{run.info.run_id}/{_ARTIFACT_FOLDER}",
-            run_id=run.info.run_id,
-            tags={**tags, _HASH_TAG: digest},
-        ).version
-        if alias:
-            client.set_registered_model_alias(name, alias, version)
-    return f"{SCHEME}/{name}/{version}"
 
 
 def resolve(uri: str) -> Path:
@@ -120,7 +128,7 @@ def resolve(uri: str) -> Path:
 
 @functools.cache
 def _resolved(uri: str, name: str, alias: str | None, version: str | None, store: str) -> Path:
-    with _client(store) as client:
+    with client_of(store) as client:
         model = _version_of(client, uri, name, alias, version)
         key = json.dumps([store, name, model.version, model.creation_timestamp, model.source])
         folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -135,7 +143,7 @@ def _check_registered(folder: Path, model: Any, uri: str) -> None:
 
     Weights and contract could both have been replaced, and would agree with one another.
     """
-    registered = dict(model.tags).get(_HASH_TAG)
+    registered = dict(model.tags).get(HASH_TAG)
     if registered is None:  # registered by other means than `register_checkpoint`
         return
     weights = folder / FILES[0]
@@ -150,7 +158,7 @@ def _check_registered(folder: Path, model: Any, uri: str) -> None:
 
 
 def _version_of(client: Any, uri: str, name: str, alias: str | None, version: str | None) -> Any:
-    models = client.search_registered_models(f"name = '{_quoted(name)}'")
+    models = client.search_registered_models(f"name = '{quoted(name)}'")
     if not models:
         known = sorted(model.name for model in client.search_registered_models(max_results=100))
         raise ConfigError(
@@ -165,7 +173,7 @@ def _version_of(client: Any, uri: str, name: str, alias: str | None, version: st
                 f"{', '.join(sorted(aliases)) or 'none'}. Set it in MLflow, or give a version."
             )
         version = str(aliases[alias])
-    versions = client.search_model_versions(f"name = '{_quoted(name)}'")
+    versions = client.search_model_versions(f"name = '{quoted(name)}'")
     by_number = {str(found.version): found for found in versions}
     if version not in by_number:
         raise ConfigError(
@@ -182,6 +190,9 @@ def _download(client: Any, model: Any, uri: str, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as place:
         source = client.get_model_version_download_uri(model.name, model.version)
+        inside = dict(model.tags).get(LAYOUT_TAG)
+        if inside is not None:  # a whole MLflow model, of which two files are wanted
+            source = f"{source.rstrip('/')}/{inside}"
         arrived = Path(
             download_artifacts(
                 artifact_uri=source, dst_path=place, tracking_uri=client.tracking_uri
@@ -224,7 +235,7 @@ def _facts(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def _client(store: str | None = None) -> Iterator[Any]:
+def client_of(store: str | None = None) -> Iterator[Any]:
     """Yield a client of the registry; what it cannot do becomes a message without addresses."""
     store = store or _store()
     prepare_environment()
@@ -255,9 +266,18 @@ def _store() -> str:
     return f"sqlite:///{DEFAULT_STORE.resolve()}"
 
 
-def _local_artifacts() -> str | None:
+def experiment_of(client: Any, name: str) -> str:
+    """Return the id of an experiment; made where there is none, restored where it was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return str(client.create_experiment(name, _local_artifacts(client.tracking_uri)))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _local_artifacts(store: str) -> str | None:
     """Return where a local store keeps artifacts: beside its database, as runs do."""
-    store = _store()
     if urlsplit(store).scheme != "sqlite":
         return None
     return str(Path(store.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
@@ -280,5 +300,6 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return a name as MLflow's filters take it between quotes."""
     return name.replace("'", "''")
