@@ -38,9 +38,11 @@ from medssl.errors import ConfigError, MachineError
     shell_complete=completion.run_folders,
 )  # fmt: skip
 @out("Where to write tables and report. Default: runs/comparison.")
-@click.option("--reference", default="imagenet", show_default=True, help="Init to compare with.")
+@click.option(
+    "--reference", help="Init to compare with. Default: imagenet, or the first run's reference."
+)
 @JSON
-def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: bool) -> None:
+def compare(runs: tuple[Path, ...], out: Path | None, reference: str | None, as_json: bool) -> None:
     """Compare the inits of several runs, from their predictions alone.
 
     The runs are those of medssl study or medssl transfer, on the same tasks; nothing is trained.
@@ -49,7 +51,8 @@ def compare(runs: tuple[Path, ...], out: Path | None, reference: str, as_json: b
     from medssl.pipelines.sections import StatisticsConfig
 
     folder = out or Path("runs/comparison")
-    pipeline.run(runs, folder, statistics=StatisticsConfig(reference=reference))
+    statistics = StatisticsConfig(reference=reference) if reference else None
+    pipeline.run(runs, folder, statistics=statistics)
     print_study(folder, as_json)
 
 

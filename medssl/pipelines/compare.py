@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from medssl.atomic import atomic_write
-from medssl.errors import DataError
+from medssl.errors import ConfigError, DataError
 from medssl.evaluation.statistics import compare, estimate, labels_saved, learning_curves, power
 from medssl.pipelines import baselines
 from medssl.pipelines.run_folder import RunFolder, keep_comparison, noted_inits
@@ -78,12 +78,14 @@ def run(
     Args:
         runs: run folders with ``predictions.parquet``.
         out: where to write the tables and the report.
-        statistics: how to compare.
+        statistics: how to compare; by default with ``imagenet``, or where no run has it, with the
+            reference of the first run.
 
     Returns:
         The comparisons table.
 
     Raises:
+        ConfigError: the reference is not among the inits.
         DataError: a folder has no predictions, the runs were not tested on the same cases, or
             not judged by the same metric.
     """
@@ -110,13 +112,28 @@ def run(
                     f"and {metric} in {folder.name!r}). The metric is fixed before a run: compare "
                     "runs that chose the same."
                 )
-    statistics = statistics or StatisticsConfig()
+    statistics = statistics or StatisticsConfig(reference=_reference_of(runs[0], taken))
+    if statistics.reference not in taken:
+        raise ConfigError(
+            f"reference {statistics.reference!r} is not one of the inits. "
+            f"There are: {', '.join(sorted(taken))}"
+        )
     predictions = pd.concat(tables, ignore_index=True)
     atomic_write(out / "predictions.parquet", predictions.to_parquet)
     keep_comparison(out, runs, statistics, reports)  # what the report says beside the numbers
     comparisons = tabulate(out, predictions, statistics, metrics)
     build_report(out)
     return comparisons
+
+
+def _reference_of(first: Path, inits: Collection[str]) -> str:
+    """Return ``imagenet`` where there is such an init, else what the first run compared with."""
+    usual = StatisticsConfig().reference
+    path = first / "comparisons.csv"
+    if usual in inits or not path.is_file():
+        return usual
+    named = pd.read_csv(path, usecols=["reference"])["reference"]
+    return usual if named.empty else str(named.iloc[0])
 
 
 def _free(init: str, folder: str, taken: Collection[str]) -> str:

@@ -51,8 +51,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # Artifacts: tables, report and configuration at the top of a run folder, and checkpoints.
 _TOP = {
-    PUBLIC_CONFIG, "report.html", "results.csv", "comparisons.csv", "labels_saved.csv",
-    "learning_curves.csv", "power.csv", "baselines.csv",
+    PUBLIC_CONFIG, "report.html", "report_without_images.html", "results.csv", "comparisons.csv",
+    "labels_saved.csv", "learning_curves.csv", "power.csv", "baselines.csv",
 }  # fmt: skip
 _CHECKPOINTS = "checkpoints"
 _CHECKPOINT_FILES = {"backbone.safetensors", "contract.json", "validation.json"}

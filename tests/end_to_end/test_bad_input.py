@@ -283,7 +283,7 @@ def test_a_study_whose_labels_were_mended_starts_with_the_same_command(
             "inits.a.pretext: there is no pretext task 'rotaton'. Did you mean 'rotation'? There",
         ),
         ({"tasks": ["clasification"]}, "tasks.0: there is no downstream task 'clasification'. Did"),
-        ({"protocols": ["knn"]}, "protocols.0: there is no protocol 'knn'."),
+        ({"protocols": ["knm"]}, "protocols.0: there is no protocol 'knm'."),
         (
             {"statistics": {"reference": "imagenet"}},
             "statistics.reference: 'imagenet' is not one of inits. There are: random, same.",

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medssl.errors import DataError
+from medssl.errors import ConfigError, DataError
 from medssl.pipelines.compare import TABLES, run
 from medssl.pipelines.sections import StatisticsConfig
 from tests.simulated_studies import Truth, as_predictions, draw_study
@@ -85,10 +85,28 @@ def test_a_comparison_says_which_runs_it_compares_and_how_to_do_it_again(
     assert str(tmp_path) not in page
 
 
-def test_a_comparison_names_the_reference_it_was_given(runs: list[Path], tmp_path: Path):
-    run(runs, tmp_path / "out", statistics=StatisticsConfig(reference="absent", num_resamples=200))
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "nothing here can be compared with absent" in page
+def test_a_reference_that_no_run_has_is_refused(runs: list[Path], tmp_path: Path):
+    with pytest.raises(ConfigError) as refused:
+        run(runs, tmp_path / "out", statistics=StatisticsConfig(reference="absent"))
+    assert str(refused.value) == (
+        "reference 'absent' is not one of the inits. "
+        "There are: imagenet, imagenet (second), jigsaw, rotation"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_imagenet_the_reference_is_that_of_the_first_run(tmp_path: Path):
+    first, second = (
+        write_predictions(tmp_path / name, init, 0.0)
+        for name, init in (("first", "rotation"), ("second", "jigsaw"))
+    )
+    for folder in (first, second):
+        table = pd.read_parquet(folder / "predictions.parquet")
+        table["init"] = table["init"].replace("imagenet", "random")
+        table.to_parquet(folder / "predictions.parquet")
+    pd.DataFrame({"reference": ["random"]}).to_csv(first / "comparisons.csv")
+    compared = run([first, second], tmp_path / "both")
+    assert set(compared["reference"]) == {"random"}
 
 
 def test_neither_torch_nor_monai_is_imported_to_compare(runs: list[Path], tmp_path: Path) -> None:
