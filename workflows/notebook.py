@@ -31,26 +31,29 @@ plt.imshow(scan[0, :, :, scan.shape[-1] // 2].T, cmap="gray", origin="lower")
 plt.savefig(PLACE / "scan.png")
 
 # %% 3. The study: which starting weights, which tasks, how many labelled patients
+TASK = {"name": "classification", "table": str(DATA / "labels.csv"), "by": "patient"}
+TASK |= {"id_column": "patient", "label_column": "label"}
 config = load_config(
     Path("configs/studies/phantom.yaml"),
     StudyConfig,
     [
         f"index.folder={DATA / 'images'}",
-        f"tasks.0.masks={DATA / 'masks'}",
-        f"tasks.1.table={DATA / 'labels.csv'}",
+        f"tasks=[{TASK}]",
         f"workspace={PLACE / 'workspace'}",
         f"pretrain.training.steps={STEPS}",
         f"pretrain.training.warmup_steps={STEPS // 10}",
         f"pretrain.training.checkpoint_every={STEPS}",
         f"pretrain.training.validate_every={STEPS}",
         "protocols=[{name: linear_probe, max_slices: 4}, {name: knn}]",
+        "matrix={labelled_patients: [4], seeds: [0]}",
     ],
 )
 run = medssl.study(config, PLACE / "study")  # given again, it goes on where it was
 
 # %% 4. The verdicts, each with its interval over patients
 verdicts = pd.read_csv(run / "comparisons.csv")
-print(verdicts[["task", "protocol", "num_labelled_patients", "init", "effect", "verdict"]])
+columns = ["task", "protocol", "num_labelled_patients", "init", "effect", "verdict"]
+print(verdicts[columns].to_string(index=False))
 
 # %% 5. Every statistic comes from this table, a row for each cell and test case
 predictions = pd.read_parquet(run / "predictions.parquet")

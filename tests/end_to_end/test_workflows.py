@@ -79,8 +79,7 @@ def test_transfer_and_report(run: Any, place: Path):
     assert (place / "runs" / "compared" / "report.html").is_file()
 
 
-@pytest.mark.slow
-def test_the_notebook(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_notebook(place: Path):
     notebook = place / "notebook"
     done = subprocess.run(
         [sys.executable, "workflows/notebook.py"],
