@@ -38,7 +38,7 @@ from medssl.tracking.system import Sampler
 log = logging.getLogger(__name__)
 
 # How long the end of a run waits for a store that makes no progress, in seconds.
-SERVER_PATIENCE_SECONDS = 3.0
+SERVER_PATIENCE_SECONDS = 4.0
 LOCAL_PATIENCE_SECONDS = 60.0  # a new sqlite file takes seconds to fill with its tables
 MAX_PAUSE_SECONDS = 60.0  # between two attempts at a server that does not answer
 

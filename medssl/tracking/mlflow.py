@@ -35,9 +35,8 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 KEY_TAG = "medssl.key"
 ENDED_TAG = "ended_by"  # completion, or the kind of what ended the run
 
-# MLflow takes up to 1000 metrics in one batch; of smaller ones a busy server is seen to answer,
-# and the end of a run goes on waiting for it.
-MAX_METRICS, MAX_PARAMS_TAGS = 200, 100
+# MLflow's own limits of one batch: under basic-auth a request costs as much as 500 points.
+MAX_METRICS, MAX_PARAMS_TAGS = 1000, 100
 CHUNK_RECORDS = 1000  # delivered before the cursor is saved
 LOCK_SECONDS = 120.0  # until another process has made the tables of a new sqlite file
 # Error codes that a second attempt does not mend.
