@@ -129,7 +129,7 @@ def test_a_folder_of_text_files_and_the_way_on(command: Command, tmp_path: Path)
         (["index", "no/such"], 3, "there is no folder at the path given"),
         (["index", "no.yaml"], 2, "there is no config file 'no.yaml'"),
         (["study", "no.yaml"], 2, "there is no config file 'no.yaml'"),
-        (["study", "."], 2, "there is no config file"),
+        (["study", "."], 2, "is a folder; give a config file"),
         (["report", "no"], 3, "run folder 'no': neither results.csv nor journal.jsonl is in it"),
         (["sync", "no"], 3, "there is no journal.jsonl in it"),
         (["compare", "no"], 3, "'no' has no readable predictions.parquet"),
