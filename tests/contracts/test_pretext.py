@@ -116,7 +116,7 @@ def test_the_network_answers_and_every_backbone_parameter_gets_a_gradient(make, 
 
 
 @every_task
-@both_dims
+@pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_batch_can_be_overfitted(make, dims):
     task = make(dims)
     network = build_network(backbone(task), task, seed=0)

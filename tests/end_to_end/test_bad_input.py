@@ -26,6 +26,12 @@ from studies import ROOT, SHAPE, environment, medssl, settings, write_archive, w
 
 pytestmark = pytest.mark.timeout(600)
 
+
+def slow(value: str) -> Any:
+    """Return a parameter that `make test-all` alone takes."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 NUM_PATIENTS = 7
 
 
@@ -160,6 +166,7 @@ def test_a_run_folder_that_is_a_file(command: Command, config: Callable[..., Pat
 # ------------------------------------------------------------------------------------------ scans
 
 
+@pytest.mark.slow
 def test_a_truncated_slice_is_named_and_the_study_goes_on(
     command: Command, archive: Path, config: Callable[..., Path], tmp_path: Path
 ):
@@ -200,6 +207,7 @@ def test_one_patient_only(
 # ----------------------------------------------------------------------------------------- labels
 
 
+@pytest.mark.slow
 def test_a_mask_of_another_shape_and_the_way_on(
     command: Command, archive: Path, config: Callable[..., Path], tmp_path: Path
 ):
@@ -324,6 +332,7 @@ def test_a_reference_that_is_not_an_init_of_a_transfer(
     check(command("transfer", file), 2, text)
 
 
+@pytest.mark.slow
 def test_a_crop_larger_than_the_scans_with_rotation_and_the_way_on(
     command: Command, config: Callable[..., Path]
 ):
@@ -391,6 +400,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_folder(
     command: Command, config: Callable[..., Path], tmp_path: Path
 ):
@@ -425,7 +435,7 @@ def small_disk(place: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("size", ["4k", "24k", "60k", "150k"])
+@pytest.mark.parametrize("size", [slow("4k"), slow("24k"), "60k", slow("150k")])
 def test_a_full_disk_under_the_workspace_and_the_way_on(
     command: Command, config: Callable[..., Path], tmp_path: Path, size: str
 ):
@@ -436,7 +446,7 @@ def test_a_full_disk_under_the_workspace_and_the_way_on(
         check(command("study", file), 0)
 
 
-@pytest.mark.parametrize("size", ["12k", "100k"])
+@pytest.mark.parametrize("size", [slow("12k"), "100k"])
 def test_a_full_disk_under_the_run_folder_and_the_way_on(
     command: Command, config: Callable[..., Path], tmp_path: Path, size: str
 ):

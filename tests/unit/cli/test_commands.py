@@ -185,8 +185,8 @@ def test_missing_data_end_with_code_3(
 
 
 def test_an_error_has_a_traceback_under_debug_alone(tmp_path: Path):
-    plain = medssl("study", "absent.yaml", cwd=tmp_path)
-    debug = medssl("--debug", "study", "absent.yaml", cwd=tmp_path)
+    plain = medssl("config", "check", "absent.yaml", cwd=tmp_path)
+    debug = medssl("--debug", "config", "check", "absent.yaml", cwd=tmp_path)
     assert plain.returncode == 2
     assert "Traceback" not in plain.stderr
     assert plain.stderr.startswith("ConfigError: there is no config file 'absent.yaml'")
