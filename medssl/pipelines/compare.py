@@ -31,9 +31,9 @@ def conclude(
     """Write the tables and the report of a run folder that has its predictions."""
     predictions = pd.read_parquet(out / "predictions.parquet")
     tabulate(out, predictions, statistics, metrics)
-    baselines.tabulate(out, predictions, statistics, metrics)
+    beside = baselines.tabulate(out, predictions, statistics, metrics)
     folder.finish()
-    for name in TABLES:
+    for name in TABLES if beside is None else (*TABLES, "baselines"):
         handle.artifact(out / f"{name}.csv")
     folder.send_report(handle, build_report(out))
 
