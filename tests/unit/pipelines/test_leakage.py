@@ -106,8 +106,9 @@ def test_a_checkpoint_that_came_without_hashes_is_told(
     found.warn()
     assert "init 'ours': no hashes of the images it was pretrained on" in caplog.text
     contents: Any = SimpleNamespace(
-        data={"inits_not_looked_into": ["ours"]}, pretraining=[], validations={}
-    )
+        data={"inits_not_looked_into": ["ours"]}, pretraining=[], validations={}, results=[],
+        num_failed=0,
+    )  # fmt: skip
     (told,) = warnings_of(contents)
     assert told.startswith("Whether copies of test images were in the pretraining of ours is not")
 
