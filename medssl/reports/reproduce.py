@@ -44,8 +44,8 @@ def steps(contents: Contents) -> list[Step]:
         )  # fmt: skip
     found.append(
         Step(
-            "Save the configuration below as config.yaml, and fill in folders, files and columns of "
-            "your own: what reads (withheld) or begins with …/.",
+            "Save the configuration below as config.yaml, and fill in folders, files and columns "
+            "of your own: what reads (withheld) or begins with …/.",
             shlex.join(["medssl", kind, "config.yaml", "--out", f"runs/{contents.name}"]),
         )
     )

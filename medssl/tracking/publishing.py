@@ -6,7 +6,6 @@ found again by their hash, so a second attempt adds nothing but what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medssl.tracking.batch import MAX_TAG_LENGTH, tag_key
+from medssl.tracking.batch import MAX_TAG_LENGTH, run_key, tag_key
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, read_journal
 from medssl.tracking.mlflow import KEY_TAG
 from medssl.tracking.privacy import public_text
@@ -124,11 +123,6 @@ def publish_model(
             known is None,
             run.info.run_id if run is not None else "",
         )
-
-
-def run_key(journal_id: str, run: str) -> str:
-    """Return the tag by which a run of a journal is found in MLflow."""
-    return hashlib.sha256(f"{journal_id}\n{run}".encode()).hexdigest()[:32]
 
 
 def _is_local(client: Any) -> bool:
