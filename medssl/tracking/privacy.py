@@ -111,7 +111,7 @@ def public_config(config: Config) -> str:
 
 
 def public_command(command: str, config: Config) -> str:
-    """Return a command line whose overrides of withheld settings are withheld as well.
+    """Return a command line without overrides of withheld settings, and without folders.
 
     Args:
         command: as a shell takes it.
@@ -121,9 +121,11 @@ def public_command(command: str, config: Config) -> str:
 
 
 def _public_argument(argument: str, config: Config) -> str:
-    key, equals, _ = argument.partition("=")
-    if not equals or argument.startswith("-"):
-        return argument
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return Path(argument).name or argument
+    if argument.startswith("-"):
+        return f"{key}={Path(value).name or value}"
     node: Any = _shown(config)
     for part in key.split("."):
         if isinstance(node, Mapping):

@@ -6,6 +6,7 @@ found again by their hash, so a second attempt adds nothing but what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,8 +192,11 @@ def _upload(
             model_id=logged.model_id,
         ).version
     except BaseException:
-        if own_run:
-            client.set_terminated(run_id, status="FAILED")
+        with contextlib.suppress(Exception):  # the registry that failed may not take this either
+            client.finalize_logged_model(logged.model_id, "FAILED")
+        with contextlib.suppress(Exception):
+            if own_run:
+                client.set_terminated(run_id, status="FAILED")
         raise
     if own_run:
         client.set_terminated(run_id)
