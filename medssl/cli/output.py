@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +24,16 @@ def print_json(document: Any) -> None:
     """Print the one JSON document of a command."""
     import json
 
-    click.echo(json.dumps(document, indent=2, default=str))
+    click.echo(json.dumps(_plain(document), indent=2, default=str, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Return content with null for numbers that JSON has not: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool, depth: int = 0) -> None:

@@ -39,7 +39,8 @@ stderr:
   {"error": {"kind": "ConfigError", "message": "there is no config file …", "exit_code": 2}}
 
 A command that found something wrong (doctor, sync, datasets verify, weights verify) prints its
-findings as the document; its exit code and stderr say that not all is well."""
+findings as the document; its exit code says that not all is well. A number that is not finite is
+null."""
 
 
 def _table(title: str, rows: dict[str, str]) -> str:

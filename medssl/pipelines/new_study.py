@@ -191,7 +191,7 @@ def read_labels(
 
     Raises:
         ConfigError: nothing is at the path, the column is not there or could be several, or the
-            names are more or fewer than the classes.
+            names are fewer than the classes.
         LabelError, DataError: they do not fit the scans.
     """
     if path.is_dir():

@@ -186,10 +186,11 @@ def run(
         job.task().request(config.sampling.request())  # refuses crops before anything is written
         if ranks.leads:
             _lead(job, config, index, out, resume, progress)
-            publish.after_run(out, config.tracking)
         else:
             with peers_needed():
                 _follow(job, config, index, out)
+    if ranks.leads:  # nobody waits for a registry
+        publish.after_run(out, config.tracking)
     return out
 
 

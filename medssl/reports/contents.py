@@ -14,6 +14,7 @@ import yaml
 from medssl.errors import DataError
 from medssl.models.origin import FROM, beginning, taken_to_3d
 from medssl.tracking.journal import JOURNAL_NAME, read_journal
+from medssl.tracking.privacy import PUBLIC_CONFIG
 
 PRETRAIN_PREFIX = "pretrain/"
 
@@ -46,6 +47,8 @@ class Contents:
     """Everything a report is made of; inits are called as `init_names` calls them.
 
     Attributes:
+        public_config: the configuration as it may be shown to others; empty where the run is of an
+            older medssl, or a comparison.
         names: what inits are called whose label alone does not say it; see `init_names`.
         validations: of each pretraining, by its name: what its last validation found.
         num_failed: cells of the matrix that failed.
@@ -54,7 +57,7 @@ class Contents:
 
     folder: Path
     config: dict[str, Any]
-    config_text: str
+    public_config: str
     results: pd.DataFrame
     comparisons: pd.DataFrame
     predictions: pd.DataFrame
@@ -124,8 +127,7 @@ def read_contents(folder: Path) -> Contents:
     return Contents(
         folder=folder,
         config=config,
-        # As it may be shown to others: without places on this machine, where a run made that.
-        config_text=_text(folder / "config.public.yaml") or text,
+        public_config=_text(folder / PUBLIC_CONFIG),
         results=_with_names(_table(folder / "results.csv"), names),
         comparisons=_with_names(_table(folder / "comparisons.csv"), names),
         predictions=_with_names(_predictions(folder / "predictions.parquet"), names),

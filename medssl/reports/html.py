@@ -31,7 +31,7 @@ from medssl.reports.figures import (
 )
 from medssl.reports.labels import fit_blocks, labels_saved, power_blocks, saved_blocks
 from medssl.reports.page import data_uri, environment
-from medssl.reports.reproduce import config_without_places, digests, seeds, steps
+from medssl.reports.reproduce import config_to_show, digests, seeds, steps
 from medssl.reports.runs import is_synthetic, run_rows, run_warnings
 from medssl.reports.tables import (
     by_protocol,
@@ -185,7 +185,7 @@ def _words(contents: Contents) -> dict[str, Any]:
         "provenance": provenance_rows(contents),
         "versions": version_rows(contents),
         "command": contents.provenance.get("command", ""),
-        "config_text": config_without_places(contents),
+        "config_text": config_to_show(contents),
     }
 
 

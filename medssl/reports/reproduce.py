@@ -44,8 +44,8 @@ def steps(contents: Contents) -> list[Step]:
         )  # fmt: skip
     found.append(
         Step(
-            "Save the configuration below as config.yaml, and give places of your own for those "
-            "that begin with …/.",
+            "Save the configuration below as config.yaml, and fill in folders, files and columns "
+            "of your own: what reads (withheld) or begins with …/.",
             shlex.join(["medssl", kind, "config.yaml", "--out", f"runs/{contents.name}"]),
         )
     )
@@ -86,13 +86,15 @@ def digests(contents: Contents) -> list[tuple[str, str]]:
     return [(str(name), str(digest)) for name, digest in named.items() if digest]
 
 
-def config_without_places(contents: Contents) -> str:
-    """Return the configuration as YAML; of absolute paths and servers, only the last name is left.
+def config_to_show(contents: Contents) -> str:
+    """Return the configuration as YAML, as it may travel: the page goes to MLflow and to others.
 
-    Folders name accounts, projects and sometimes patients, and the page may travel.
+    It is the run's own public copy (`medssl.tracking.privacy`), without folders, files, columns,
+    patterns and salts, which name accounts, projects and sometimes patients. Where there is none,
+    absolute paths and servers are cut short.
     """
-    if not contents.config:
-        return ""
+    if contents.public_config or not contents.config:
+        return contents.public_config
     return yaml.safe_dump(
         without_places(contents.config), sort_keys=False, allow_unicode=True, width=100
     )

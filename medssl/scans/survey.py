@@ -31,7 +31,11 @@ MAX_FILES = 600
 _MAX_FOUND = 200_000  # of larger archives only this many file names are gone through
 _MAX_MASKS = 80
 _ENOUGH_ROWS = 0.5  # share of rows of a table, or of scans, that must match
-_MASK_FOLDER = re.compile(r"^(label|mask|seg|annotation|ground.?truth|gt)", re.IGNORECASE)
+_MASK_FOLDER = re.compile(  # whole words: folders of patients are named Labelle or Segovia, too
+    r"^(labels?|masks?|segs?|segmentations?|annotations?|ground.?truths?|gts?)"
+    r"(T[rs]|Train|Test|Val|Files?|Maps?|Masks?|Class|Volumes?)?(?![a-z])",
+    re.IGNORECASE,
+)
 _PATIENT_COLUMN = re.compile(r"^(patient|subject|participant|person|case)", re.IGNORECASE)
 _LABEL_COLUMN = re.compile(r"label|class|diagnos|target|outcome|grade|finding", re.IGNORECASE)
 _TABLES = ("*.csv", "*.parquet")
@@ -117,7 +121,7 @@ def find_layout(folder: Path) -> Layout:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder.name!r} at the path given.")
     inside = _subfolders(folder)
-    masks_inside = [path for path in inside if _MASK_FOLDER.match(path.name)]
+    masks_inside = [path for path in inside if _MASK_FOLDER.match(path.name) and _nifti_names(path)]
     tables = _tables(folder)
     for masks in masks_inside:
         names = _nifti_names(masks)

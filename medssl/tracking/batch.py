@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,6 +63,11 @@ def metric_key(key: str) -> str:
 def tag_key(key: str) -> str:
     """Return a key that is none of MLflow's own, some of which hold people and places."""
     return metric_key(key.replace("mlflow.", "")) or "_"
+
+
+def run_key(journal_id: str, run: str) -> str:
+    """Return the tag by which a run of a journal is found in MLflow."""
+    return hashlib.sha256(f"{journal_id}\n{run}".encode()).hexdigest()[:32]
 
 
 def milliseconds(seconds: float) -> int:

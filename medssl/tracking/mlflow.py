@@ -10,7 +10,6 @@ in the journal, and the run gets the tag ``nonfinite.<metric>`` with the step an
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from medssl.tracking.batch import Batch, milliseconds, parts
+from medssl.tracking.batch import Batch, milliseconds, parts, run_key
 from medssl.tracking.cursor import Cursor, CursorFile
 from medssl.tracking.datasets import dataset_inputs
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
@@ -264,7 +263,7 @@ class Delivery:
 
     def _take(self, record: Record, batches: dict[str, Batch], artifacts: list[list[str]]) -> None:
         run = record["run"]
-        batch = batches.setdefault(run, Batch())
+        batch = batches.setdefault(run, Batch())  # of the header, or a later version's kind: as is
         match record["kind"]:
             case "start":
                 self._start(record)
@@ -284,7 +283,7 @@ class Delivery:
                 seconds = float(record.get("ended") or record["time"])
                 self._end(run, record["status"], seconds)
             case _:
-                batches.pop(run)  # the header, or a kind of a later version
+                pass
 
     def _start(self, record: Record) -> None:
         name = record["run"]
@@ -298,7 +297,7 @@ class Delivery:
         self._advance()
 
     def _find_or_create(self, record: Record) -> str:
-        key = hashlib.sha256(f"{self._journal_id}\n{record['run']}".encode()).hexdigest()[:32]
+        key = run_key(self._journal_id, record["run"])
         found = self._client.search_runs(
             [self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1
         )

@@ -9,11 +9,12 @@ What does leave is searched for the account's name and home as well.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin
 
@@ -110,7 +111,7 @@ def public_config(config: Config) -> str:
 
 
 def public_command(command: str, config: Config) -> str:
-    """Return a command line whose overrides of withheld settings are withheld as well.
+    """Return a command line without overrides of withheld settings, and without folders.
 
     Args:
         command: as a shell takes it.
@@ -120,9 +121,11 @@ def public_command(command: str, config: Config) -> str:
 
 
 def _public_argument(argument: str, config: Config) -> str:
-    key, equals, _ = argument.partition("=")
-    if not equals or argument.startswith("-"):
-        return argument
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return Path(argument).name or argument
+    if argument.startswith("-"):
+        return f"{key}={Path(value).name or value}"
     node: Any = _shown(config)
     for part in key.split("."):
         if isinstance(node, Mapping):
@@ -168,14 +171,20 @@ def _choices(annotation: Any) -> frozenset[str]:
     return frozenset().union(*map(_choices, get_args(annotation)))
 
 
-def _private_words() -> Iterator[re.Pattern[str]]:
+def _private_words() -> tuple[re.Pattern[str], ...]:
     home = Path.home()
-    names = {home.name} | _account()
+    return _patterns(home, frozenset({home.name} | _account()))
+
+
+@functools.lru_cache(maxsize=4)  # asked for every name of a metric, beside training
+def _patterns(home: Path, names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
+    found = []
     if len(home.parts) > 1 and home.name not in _SERVICE_ACCOUNTS:
-        yield re.compile(re.escape(str(home)))
+        found.append(re.compile(re.escape(str(home))))
     for name in sorted(names):
         if len(name) > 1 and name.lower() not in _SERVICE_ACCOUNTS:
-            yield re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", re.IGNORECASE)
+            found.append(re.compile(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", re.IGNORECASE))
+    return tuple(found)
 
 
 def _account() -> set[str]:

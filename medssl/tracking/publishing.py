@@ -6,7 +6,7 @@ found again by their hash, so a second attempt adds nothing but what is missing.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medssl.tracking.batch import MAX_TAG_LENGTH, tag_key
+from medssl.tracking.batch import MAX_TAG_LENGTH, run_key, tag_key
 from medssl.tracking.journal import HEADER, JOURNAL_NAME, read_journal
 from medssl.tracking.mlflow import KEY_TAG
 from medssl.tracking.privacy import public_text
@@ -126,11 +126,6 @@ def publish_model(
         )
 
 
-def run_key(journal_id: str, run: str) -> str:
-    """Return the tag by which a run of a journal is found in MLflow."""
-    return hashlib.sha256(f"{journal_id}\n{run}".encode()).hexdigest()[:32]
-
-
 def _is_local(client: Any) -> bool:
     """Return whether a client writes into a database itself, without a server."""
     return urlsplit(client.tracking_uri).scheme not in ("http", "https")
@@ -197,8 +192,11 @@ def _upload(
             model_id=logged.model_id,
         ).version
     except BaseException:
-        if own_run:
-            client.set_terminated(run_id, status="FAILED")
+        with contextlib.suppress(Exception):  # the registry that failed may not take this either
+            client.finalize_logged_model(logged.model_id, "FAILED")
+        with contextlib.suppress(Exception):
+            if own_run:
+                client.set_terminated(run_id, status="FAILED")
         raise
     if own_run:
         client.set_terminated(run_id)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 
-from medssl.errors import MachineError
 from medssl.tracking.nvml import Gpus
 
 log = logging.getLogger(__name__)
 
 _BYTES_PER_MEGABYTE = 1e6  # as MLflow counts
 _DIGITS = 1
+_PATIENCE_SECONDS = 1.0  # at the end of a run, for a sample under way
 
 
 class Machine:
@@ -82,20 +82,27 @@ class Sampler(threading.Thread):
         self, folder: Path, seconds: float, write: Callable[[dict[str, float]], None]
     ) -> None:
         super().__init__(name="medssl-system-metrics", daemon=True)
-        self._machine = Machine(folder)
+        self._folder = folder
         self._seconds = seconds
         self._write = write
         self._stop_now = threading.Event()
 
     def run(self) -> None:
         """Sample until told to stop."""
-        while not self._stop_now.wait(self._seconds):
+        machine: Machine | None = None
+        while not self._stop_now.wait(0.0 if machine is None else self._seconds):
             try:
-                self._write(self._machine.sample())
-            except (MachineError, OSError, psutil.Error) as error:  # training itself meets the same
+                if machine is None:  # here, as a driver may take its time to answer
+                    machine = Machine(self._folder)
+                else:
+                    self._write(machine.sample())
+            # Whatever a driver, /proc or a disk does: training itself meets what matters.
+            except Exception as error:  # noqa: BLE001
                 log.debug("No sample of the machine: %s", type(error).__name__)
+                if machine is None:
+                    return
 
     def finish(self) -> None:
-        """Stop; no sample comes after this."""
+        """Stop; a driver or a disk that does not answer is not waited for."""
         self._stop_now.set()
-        self.join()
+        self.join(_PATIENCE_SECONDS)

@@ -332,3 +332,17 @@ def test_an_address_from_the_environment_is_used(
 def test_the_client_is_told_not_to_phone_home(folder: Path) -> None:
     delivery_module.Delivery(folder, None, "medssl")
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_record_of_a_later_version_costs_its_run_no_point(folder: Path) -> None:
+    with (
+        Tracker(folder, TrackingConfig(flush_seconds=60)) as tracker,
+        tracker.run("study", params={"seed": 3}) as run,
+    ):
+        run.log(1, {"loss": 0.5})
+        tracker._journal.append("something new", "study", values={"what": 1})
+        run.log(2, {"loss": 0.25})
+    found = runs(folder)["study"]
+    history = client(folder).get_metric_history(found.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.25)]
+    assert found.data.params == {"seed": "3"}

@@ -213,6 +213,8 @@ def test_an_upload_that_fails_leaves_no_version_and_can_be_repeated(study, tmp_p
     assert study.client.search_model_versions("name = 'again'") == []
     (failed,) = study.search("attributes.run_name = 'register/again'")
     assert failed.info.status == "FAILED"
+    logged = study.client.search_logged_models([failed.info.experiment_id])
+    assert [m.status for m in logged if m.source_run_id == failed.info.run_id] == ["FAILED"]
     assert publish.run(copied, "again")[0].uri == "models:/again/1"
 
 

@@ -11,13 +11,14 @@ import yaml
 from medssl.reports.contents import read_contents
 from medssl.reports.html import build_report
 from medssl.reports.reproduce import (
-    config_without_places,
+    config_to_show,
     digests,
     kind_of,
     seeds,
     steps,
     without_places,
 )
+from medssl.tracking.privacy import PUBLIC_CONFIG
 
 
 def commands(folder: Path) -> list[str]:
@@ -105,6 +106,16 @@ def test_no_place_of_the_configuration_reaches_the_page(light_run: Path):
         assert word not in page
 
 
+def test_the_page_shows_the_public_copy_of_the_configuration(light_run: Path):
+    config = yaml.safe_load((light_run / "config.yaml").read_text())
+    config["index"] = {"folder": "../miller", "exclude": ["miller*"], "public_salt": "of miller"}
+    (light_run / "config.yaml").write_text(yaml.safe_dump(config))
+    (light_run / PUBLIC_CONFIG).write_text("index: {folder: (withheld)}\n")
+    page = build_report(light_run).read_text(encoding="utf-8")
+    assert "index: {folder: (withheld)}" in page
+    assert "miller" not in page
+
+
 def test_the_configuration_without_places_is_yaml_of_the_same_keys(light_run: Path):
     contents = read_contents(light_run)
-    assert yaml.safe_load(config_without_places(contents)) == contents.config
+    assert yaml.safe_load(config_to_show(contents)) == contents.config

@@ -127,8 +127,13 @@ def test_a_command_line_keeps_overrides_of_what_may_be_shown() -> None:
     )
     assert public_command(command, Whole()) == (
         f"medssl study liver.yaml rate=0.1 'parts.first.column={WITHHELD}' 'salt={WITHHELD}' "
-        f"'nowhere={WITHHELD}' --out=runs/a"
+        f"'nowhere={WITHHELD}' --out=a"
     )
+
+
+def test_a_command_names_no_folder() -> None:
+    command = "medssl study ../DOE_JOHN/liver.yaml --out DOE_JOHN/runs/a --resume"
+    assert public_command(command, Whole()) == "medssl study liver.yaml --out a --resume"
 
 
 def test_the_name_of_the_account_and_its_home_are_not_sent(monkeypatch) -> None:

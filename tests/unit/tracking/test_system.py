@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from medssl.errors import MachineError
 from medssl.tracking.base import Tracker, TrackingConfig
@@ -125,3 +128,33 @@ def test_a_sample_that_cannot_be_written_ends_neither_training_nor_sampling(tmp_
         time.sleep(0.01)
     sampler.finish()
     assert not sampler.is_alive()
+
+
+def test_a_machine_that_tells_nothing_costs_training_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise AttributeError("a driver without this function")
+
+    monkeypatch.setattr("medssl.tracking.system.Machine", refuse)
+    with (
+        Tracker(tmp_path, TrackingConfig(mlflow=False, system_seconds=0.01)) as tracker,
+        tracker.run("study") as run,
+    ):
+        run.log(1, {"loss": 1.0})
+    assert samples(tmp_path, "study") == []
+    assert tracker._sampler is not None
+    assert not tracker._sampler.is_alive()
+
+
+def test_a_machine_that_does_not_answer_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr("medssl.tracking.system.Machine", lambda folder: answers.wait(60))
+    monkeypatch.setattr("medssl.tracking.system._PATIENCE_SECONDS", 0.1)
+    tracker = Tracker(tmp_path, TrackingConfig(mlflow=False, system_seconds=0.01))
+    started = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - started < 30
+    answers.set()
