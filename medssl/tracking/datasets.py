@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from medssl.tracking.journal import Record
-from medssl.tracking.privacy import public_text
+from medssl.tracking.privacy import public_name
 
 MAX_DIGEST_LENGTH = 36  # MLflow's own limit, in characters
 SOURCE_TYPE = "medssl"
@@ -30,11 +30,11 @@ def dataset_inputs(record: Record) -> list[Any]:
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    context = InputTag(_CONTEXT, public_text(record["context"]))
+    context = InputTag(_CONTEXT, public_name(record["context"]))
     return [
         DatasetInput(
             Dataset(
-                name=public_text(name),
+                name=public_name(name),
                 digest=short_digest(digest),
                 source_type=SOURCE_TYPE,
                 source=json.dumps({"digest": digest}),

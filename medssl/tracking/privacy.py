@@ -88,6 +88,11 @@ def public_tag(key: str, value: Any) -> str | None:
     return None if _PLACE.search(text) else text
 
 
+def public_name(name: str) -> str:
+    """Return a name that someone chose to be read; anything else, a path for example, withheld."""
+    return public_text(name) if _NAMES.fullmatch(name) else WITHHELD
+
+
 def public_text(value: Any) -> str:
     """Return text, or JSON, without the name of this account and its home."""
     text = value if isinstance(value, str) else json.dumps(value)

@@ -166,9 +166,17 @@ MOMENTS = {
     "in the second pretraining": "checkpoints/inpainting/*",
     "in the matrix": "cells/classification-rotation-linear_probe-n2-s0.parquet",
 }
+ESSENTIAL = "in the second pretraining"
+"""The moment that `make test` takes; `make test-all` takes all."""
 
 
-@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(moment, id=name, marks=() if name == ESSENTIAL else pytest.mark.slow)
+        for name, moment in MOMENTS.items()
+    ],
+)
 def test_a_killed_study_goes_on_to_the_same_tables(study: Study, tmp_path: Path, moment: str):
     process = start(study, tmp_path)
     wait_for(tmp_path / "runs" / "tiny", moment, process)
@@ -183,7 +191,10 @@ def test_a_killed_study_goes_on_to_the_same_tables(study: Study, tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("sent", "code", "said"),
-    [(signal.SIGTERM, 143, "Terminated."), (signal.SIGINT, 130, "Interrupted.")],
+    [
+        (signal.SIGTERM, 143, "Terminated."),
+        pytest.param(signal.SIGINT, 130, "Interrupted.", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_study_as_killed_and_says_how_to_go_on(
     study: Study, tmp_path: Path, sent: signal.Signals, code: int, said: str
@@ -199,6 +210,7 @@ def test_a_signal_ends_the_study_as_killed_and_says_how_to_go_on(
     assert statuses(tmp_path)["study"] == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_folder_is_refused(study: Study, tmp_path: Path):
     process = start(study, tmp_path)
     try:
@@ -214,6 +226,7 @@ def test_a_second_process_on_the_same_run_folder_is_refused(study: Study, tmp_pa
     assert "another medssl process is using it" in second.stderr
 
 
+@pytest.mark.slow
 def test_the_plan_touches_nothing(study: Study, tmp_path: Path):
     planned = medssl("study", study.config, "--dry-run", "--json", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
@@ -275,6 +288,7 @@ def test_a_checkpoint_pretrained_on_test_patients_is_refused(study: Study, tmp_p
     assert "splits.file" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_backbone_pretrained_again_is_not_mixed_with_cells_of_the_earlier_one(
     study: Study, tmp_path: Path
 ):
@@ -287,6 +301,7 @@ def test_a_backbone_pretrained_again_is_not_mixed_with_cells_of_the_earlier_one(
     assert "have changed since this run was started (pretrained rotation)" in refused.stderr
 
 
+@pytest.mark.slow
 def test_labels_that_changed_since_the_start_are_refused(study: Study, tmp_path: Path):
     shutil.copytree(study.run, tmp_path / "runs" / "tiny")
     table = study.archive / "labels.csv"

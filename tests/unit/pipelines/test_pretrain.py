@@ -71,7 +71,7 @@ def test_no_pixel_of_a_patient_is_handed_to_tracking(run_folder):
     handed = [run_folder / record["path"] for record in records if record["kind"] == "artifact"]
     files = [file for path in handed for file in (path.rglob("*") if path.is_dir() else [path])]
     assert run_folder / "report_without_images.html" in files
-    assert {file.suffix for file in files} <= {".html", ".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".html", ".json", ".safetensors", ".yaml"}
     assert b"data:image" not in (run_folder / "report_without_images.html").read_bytes()
 
 

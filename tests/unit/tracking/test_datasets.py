@@ -29,7 +29,7 @@ def test_a_digest_is_cut_to_what_mlflow_holds_and_kept_whole_in_the_source():
 
 def test_a_name_that_is_a_path_is_not_sent():
     (found,) = inputs_of({"digests": {"/data/DOE_JANE/labels.csv": "c" * 64}})
-    assert found.dataset.name == "(a path)"
+    assert found.dataset.name == "(withheld)"
 
 
 @pytest.mark.slow
