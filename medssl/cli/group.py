@@ -51,7 +51,7 @@ class Program(Group):
         for title, commands in _SECTIONS.items():
             with formatter.section(title):
                 rows = [
-                    (f"{command.name:{width}}", command.get_short_help_str(limit=80))
+                    (f"{command.name:{width}}", command.get_short_help_str(limit=200))
                     for command in commands
                 ]
                 formatter.write_dl(rows)
