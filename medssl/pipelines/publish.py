@@ -38,7 +38,7 @@ from medssl.pipelines.export import preparation_of, run_of
 from medssl.pipelines.serving import SERVING_FILE, serving_facts
 from medssl.provenance import package_versions
 from medssl.tracking.base import TrackingConfig
-from medssl.tracking.mlflow import URI_VARIABLE
+from medssl.tracking.client import URI_VARIABLE
 from medssl.tracking.publishing import Published, Source, publish_model
 from medssl.tracking.pyfunc import CHECKPOINT, Pieces, write_model
 

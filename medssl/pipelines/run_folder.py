@@ -181,7 +181,7 @@ def keep_comparison(
         facts[label] = _facts_of(run)
     config = {"runs": list(facts), "statistics": statistics.model_dump(mode="json")}
     provenance = {
-        "command": command_line(),
+        "command": public_command(command_line(), statistics),
         "finished": _now(),
         "inits": dict(inits),
         "runs": facts,

@@ -111,6 +111,7 @@ def picture(name: str, title: str, caption: str, alt: str, draw: Draw, *, height
 def _style(theme: Theme) -> Iterator[None]:
     settings: Any = {
         "font.family": "DejaVu Sans",
+        "text.parse_math": False,  # a name with dollar signs is a name
         "svg.fonttype": "none",  # text stays text: to be searched, and set in the page's font
         "svg.hashsalt": "medssl",  # names inside the file are the same each time
         "font.size": 9,

@@ -192,6 +192,19 @@ def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
                 yield record, offset
 
 
+def settle(path: Path) -> None:
+    """Bring what is written of a file to the disk itself; off the training thread, as it waits.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)

@@ -23,14 +23,14 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from medssl.tracking.batch import Batch, milliseconds, parts, run_key
+from medssl.tracking.client import URI_VARIABLE, prepare_environment
 from medssl.tracking.cursor import Cursor, CursorFile
 from medssl.tracking.datasets import dataset_inputs
-from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal
+from medssl.tracking.journal import HEADER, JOURNAL_NAME, Record, read_journal, settle
 from medssl.tracking.privacy import TEXT_SUFFIXES, may_leave, public_text
 
 log = logging.getLogger(__name__)
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
 KEY_TAG = "medssl.key"
 ENDED_TAG = "ended_by"  # completion, or the kind of what ended the run
 
@@ -40,26 +40,6 @@ CHUNK_RECORDS = 1000  # delivered before the cursor is saved
 LOCK_SECONDS = 120.0  # until another process has made the tables of a new sqlite file
 # Error codes that a second attempt does not mend.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
-
-# The client must not phone home, nor wait minutes for a dead server (FIELD_NOTES §5).
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_MODEL_CATALOG_URI": "",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the journal itself is the retry
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-
-
-def prepare_environment() -> None:
-    """Keep MLflow from phoning home, waiting for minutes and chatting; before its import."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):  # both announce the tables they create
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -250,6 +230,7 @@ class Delivery:
         chunk = list(itertools.islice(journal, CHUNK_RECORDS))
         if not chunk:
             return False
+        settle(self._folder / JOURNAL_NAME)  # MLflow shall know of nothing that a power cut takes
         for record, _ in chunk:
             self._take(record, batches, artifacts)
         for run in list(batches):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medssl.tracking.mlflow import prepare_environment
+from medssl.tracking.client import prepare_environment
 
 if TYPE_CHECKING:
     import pandas as pd

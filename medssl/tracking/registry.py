@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medssl.errors import ConfigError, DataError, MachineError
-from medssl.tracking.mlflow import URI_VARIABLE, prepare_environment
+from medssl.tracking.client import URI_VARIABLE, prepare_environment
 
 SCHEME = "models:"
 FILES = ("backbone.safetensors", "contract.json")

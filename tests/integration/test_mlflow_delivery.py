@@ -346,3 +346,20 @@ def test_a_record_of_a_later_version_costs_its_run_no_point(folder: Path) -> Non
     history = client(folder).get_metric_history(found.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.25)]
     assert found.data.params == {"seed": "3"}
+
+
+def test_mlflow_receives_nothing_that_a_power_cut_could_take_from_the_journal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError("the disk does not take it")
+
+    with monkeypatch.context() as context:
+        context.setattr(delivery_module, "settle", refuse)
+        with Tracker(folder, QUICK) as tracker, tracker.run("study") as run:
+            run.log(1, {"loss": 0.5})
+        assert tracker.close().undelivered == 3
+        store = client(folder)
+        assert store.search_runs([e.experiment_id for e in store.search_experiments()]) == []
+    assert sync(folder).undelivered == 0
+    assert runs(folder)["study"].info.status == "FINISHED"

@@ -11,7 +11,12 @@ import yaml
 
 from medssl.config import Config
 from medssl.errors import ConfigError, DataError, MachineError
-from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
+from medssl.pipelines.run_folder import (
+    RunFolder,
+    check_same_config,
+    command_line,
+    keep_comparison,
+)
 
 
 class Training(Config):
@@ -200,3 +205,17 @@ def test_the_command_line_leaves_out_folders_of_absolute_paths(monkeypatch: pyte
     ]
     monkeypatch.setattr("sys.argv", said)
     assert command_line() == "medssl study our.yaml index.folder=ct --out=r"
+
+
+def test_a_comparison_names_no_folder_that_its_runs_lie_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "DOE_JOHN" / "ours"
+    run.mkdir(parents=True)
+    (run / "predictions.parquet").touch()
+    words = ["medssl", "compare", "DOE_JOHN/ours", "--out", "../DOE_JOHN/both"]
+    monkeypatch.setattr("sys.argv", words)
+    keep_comparison(tmp_path / "both", [run], Small(), {})
+    found = provenance(tmp_path / "both")
+    assert found["command"] == "medssl compare ours --out both"
+    assert "DOE" not in json.dumps(found)

@@ -61,3 +61,12 @@ def test_a_confusion_matrix_draws_the_squares_that_hold_something():
         0.25, 0.75, 1.0,
     ]  # fmt: skip
     assert axes.get_ylim() == (1.5, -0.5)  # the first class on top
+
+
+def test_a_name_with_signs_of_formulas_and_of_html_is_drawn_as_it_is():
+    name = 'ours ($\\frac) <b> & "co" $'
+    shown = picture(
+        "named", "t", "c", name, lambda axes, theme: axes.set_title(name, color=theme.ink), height=2
+    )
+    assert "ours ($\\frac) &lt;b&gt; &amp; " in shown.svg
+    assert "<b>" not in shown.drawn
