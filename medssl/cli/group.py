@@ -66,7 +66,7 @@ class Program(Group):
         "medssl study configs/studies/demo.yaml",
     ],
     epilog="--debug and --quiet may also stand behind the command. medssl help environment, "
-    "medssl help exit-codes and medssl help json tell the rest.",
+    "exit-codes, json and searches (in MLflow) tell the rest.",
 )
 @click.version_option(__version__, prog_name="medssl")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")

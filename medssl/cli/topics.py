@@ -1,7 +1,8 @@
-"""Help that belongs to no single command: environment variables, exit codes, JSON."""
+"""Help that belongs to no single command: variables, exit codes, JSON, searches in MLflow."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -50,13 +51,38 @@ def _table(title: str, rows: dict[str, str]) -> str:
     return formatter.getvalue().rstrip("\n")
 
 
-def topics() -> dict[str, str]:
-    """Return the texts by the words that ask for them."""
-    return {
-        "environment": _table("Environment variables", ENVIRONMENT),
-        "exit-codes": _table("Exit codes", {str(code): text for code, text in EXIT_CODES.items()}),
-        "json": _JSON,
-    }
+def _searches() -> str:
+    from medssl.tracking.recipes import RECIPES
+
+    runs, versions = (
+        {
+            recipe.question: recipe.filter
+            + (f", ordered by {recipe.order_by}" if recipe.order_by else "")
+            for recipe in RECIPES.values()
+            if recipe.where == where
+        }
+        for where in ("runs", "versions")
+    )
+    return "\n\n".join(
+        [
+            "Filters for MLflow's search box and its client. Put your own in place of capitals.",
+            _list("Runs (MlflowClient.search_runs)", runs),
+            _list("Versions of models (MlflowClient.search_model_versions)", versions),
+        ]
+    )
+
+
+def _list(title: str, rows: dict[str, str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {name}\n    {text}" for name, text in rows.items())])
+
+
+TOPICS: dict[str, Callable[[], str]] = {
+    "environment": lambda: _table("Environment variables", ENVIRONMENT),
+    "exit-codes": lambda: _table("Exit codes", {str(c): text for c, text in EXIT_CODES.items()}),
+    "json": lambda: _JSON,
+    "searches": _searches,
+}
+"""The texts by the words that ask for them."""
 
 
 def text_of(root: click.Context, words: tuple[str, ...]) -> str:
@@ -65,16 +91,16 @@ def text_of(root: click.Context, words: tuple[str, ...]) -> str:
     Raises:
         ConfigError: there is neither.
     """
-    found = topics().get(" ".join(words))
+    found = TOPICS.get(" ".join(words))
     if found is not None:
-        return found
+        return found()
     command, context = root.command, root
     for word in words:
         inner = command.get_command(context, word) if isinstance(command, click.Group) else None
         if inner is None:
             raise ConfigError(
                 f"there is no command or topic {' '.join(words)!r}. `medssl --help` lists the "
-                f"commands; topics are {', '.join(topics())}."
+                f"commands; topics are {', '.join(TOPICS)}."
             )
         command, context = inner, click.Context(inner, parent=context, info_name=word)
         context.help_option_names = root.help_option_names
@@ -85,4 +111,4 @@ def complete(context: click.Context, _: click.Parameter, incomplete: str) -> lis
     """Offer commands and topics."""
     root = context.find_root().command
     commands = list(root.commands) if isinstance(root, click.Group) else []
-    return fitting([*commands, *topics()], incomplete)
+    return fitting([*commands, *TOPICS], incomplete)

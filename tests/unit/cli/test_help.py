@@ -16,6 +16,7 @@ from medssl.cli import cli
 from medssl.cli.options import EXIT_CODES, Command, Group
 from medssl.cli.topics import ENVIRONMENT
 from medssl.errors import ConfigError
+from medssl.tracking.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -135,3 +136,10 @@ def test_every_variable_that_the_code_reads_is_told():
 def test_an_unknown_topic_is_answered_with_those_there_are():
     with pytest.raises(ConfigError, match="no command or topic 'fruit'.*environment, exit-codes"):
         shown("help", "fruit")
+
+
+def test_the_searches_are_those_that_are_tried_against_mlflow():
+    text = shown("help", "searches")
+    assert len(RECIPES) > 4
+    for recipe in RECIPES.values():
+        assert f"  {recipe.question}\n    {recipe.filter}" in text
