@@ -29,7 +29,6 @@ CACHE_VARIABLE = "MEDSSL_CACHE"
 DEFAULT_STORE = Path("runs") / "mlflow.db"
 """Where runs of the working directory are tracked when `MLFLOW_TRACKING_URI` is not set."""
 
-_ARTIFACT_FOLDER = "checkpoint"
 HASH_TAG = "weights_sha256"
 LAYOUT_TAG = "checkpoint_at"
 """Tag of a version that is a whole MLflow model: where in it the checkpoint lies."""
@@ -47,46 +46,6 @@ _FORM = "models:/NAME@ALIAS or models:/NAME/VERSION"
 def is_registry_uri(path: Path | str) -> bool:
     """Return whether a path is not one, but a model of the registry."""
     return str(path).startswith(f"{SCHEME}/")
-
-
-def register_checkpoint(
-    folder: Path, name: str, alias: str | None = None, *, experiment: str = "medssl"
-) -> str:
-    """Register a checkpoint folder as a new version of a model, and return its URI.
-
-    Args:
-        folder: holds ``backbone.safetensors`` and ``contract.json``.
-        name: of the model; made where the registry has none of that name.
-        alias: moved to the new version.
-        experiment: of the run that holds the files.
-
-    Returns:
-        ``models:/name/version``.
-
-    Raises:
-        DataError: the folder is no checkpoint, or its two files do not belong together.
-        ConfigError: the name or alias cannot be told apart from the rest of a URI.
-        MachineError: no registry, or it does not answer.
-    """
-    digest, tags = _facts(folder)
-    check_name(name, alias)
-    with client_of() as client:
-        experiment_id = experiment_of(client, experiment)
-        run = client.create_run(experiment_id, run_name=f"register/{name}", tags=tags)
-        for file in FILES:
-            client.log_artifact(run.info.run_id, str(folder / file), _ARTIFACT_FOLDER)
-        client.set_terminated(run.info.run_id)
-        if not client.search_registered_models(f"name = '{quoted(name)}'"):
-            client.create_registered_model(name)
-        version = client.create_model_version(
-            name,
-            f"runs:/{run.info.run_id}/{_ARTIFACT_FOLDER}",
-            run_id=run.info.run_id,
-            tags={**tags, HASH_TAG: digest},
-        ).version
-        if alias:
-            client.set_registered_model_alias(name, alias, version)
-    return f"{SCHEME}/{name}/{version}"
 
 
 def check_name(name: str, alias: str | None) -> None:
@@ -144,7 +103,7 @@ def _check_registered(folder: Path, model: Any, uri: str) -> None:
     Weights and contract could both have been replaced, and would agree with one another.
     """
     registered = dict(model.tags).get(HASH_TAG)
-    if registered is None:  # registered by other means than `register_checkpoint`
+    if registered is None:  # registered by other means than ours
         return
     weights = folder / FILES[0]
     with weights.open("rb") as stream:
@@ -205,33 +164,6 @@ def _download(client: Any, model: Any, uri: str, folder: Path) -> None:
             )
         shutil.rmtree(folder, ignore_errors=True)
         arrived.replace(folder)
-
-
-def _facts(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the hash of a checkpoint's weights, and tags that people look for."""
-    weights, contract = (folder / name for name in FILES)
-    if not _is_whole(folder):
-        raise DataError(
-            f"{folder.name!r} is no checkpoint: it must hold {' and '.join(FILES)}. "
-            "Give a checkpoint folder, for example runs/NAME/checkpoints/backbone."
-        )
-    try:
-        content = json.loads(contract.read_text(encoding="utf-8"))
-        stated, backbone = content["weights_sha256"], content["backbone"]["name"]
-        pretext = (content.get("pretext") or {}).get("name", "none")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{contract.name} of {folder.name!r} cannot be read as a contract. "
-            "Copy it again, or train the checkpoint again."
-        ) from None
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != stated:
-        raise DataError(
-            f"{weights.name} of {folder.name!r} has sha256 {digest[:12]}, its contract says "
-            f"{str(stated)[:12]}. The two files do not belong together: copy both again."
-        )
-    return digest, {"backbone": str(backbone), "pretext": str(pretext)}
 
 
 @contextmanager

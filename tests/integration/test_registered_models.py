@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from earlier_versions import register_checkpoint
 from exports import MONAI_2D, PATIENT_KEY, make_checkpoint
 from medssl.errors import MachineError
 from medssl.models.checkpoints import load_contract
@@ -20,7 +21,7 @@ from medssl.pipelines import publish
 from medssl.tracking import registry
 from medssl.tracking.base import Tracker, TrackingConfig
 from medssl.tracking.recipes import RECIPES, filled
-from medssl.tracking.registry import register_checkpoint, resolve
+from medssl.tracking.registry import resolve
 
 # MLflow's own tables use a loader that SQLAlchemy 2.1 calls deprecated.
 pytestmark = [
