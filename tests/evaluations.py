@@ -15,7 +15,7 @@ from medssl.evaluation.protocols.base import FrozenConfig, Setting
 from medssl.pipelines import index as indexing
 from medssl.pipelines import prepare
 from medssl.pipelines.cells import Evaluation
-from medssl.pipelines.pretrain import draw_splits
+from medssl.pipelines.pretraining import draw_splits
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import build_tasks, labelled_patients, mask_folders
 from studies import settings, write_archive

@@ -12,7 +12,7 @@ from medssl.pipelines import index as indexing
 from medssl.pipelines import prepare
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.facts import data_digests
-from medssl.pipelines.pretrain import draw_splits
+from medssl.pipelines.pretraining import draw_splits
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import build_tasks, labelled_patients, mask_folders
 from studies import settings, write_archive, write_config

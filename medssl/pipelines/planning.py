@@ -18,7 +18,7 @@ from medssl.errors import DataError
 from medssl.executors.base import Loss
 from medssl.executors.local import Config as LocalConfig
 from medssl.executors.local import LocalExecutor, available_cores
-from medssl.pipelines import prepare, pretrain
+from medssl.pipelines import prepare, pretrain, pretraining
 from medssl.pipelines.pretrain import PretrainConfig
 from medssl.pretext import PRETEXT_TASKS
 from medssl.scans.index import Index
@@ -89,7 +89,7 @@ def scans_in_pool(config: PretrainConfig) -> int:
     """Return how many scans of the index would be trained on."""
     table = Index.open(config.index).select(config.select).accepted
     patients = table["patient_key"].astype(str)
-    splits = pretrain.draw_splits(config.splits, dict.fromkeys(patients.unique()), config.seed)
+    splits = pretraining.draw_splits(config.splits, dict.fromkeys(patients.unique()), config.seed)
     return int((~patients.isin([*splits.val, *splits.test])).sum())
 
 
@@ -103,11 +103,11 @@ def seconds_to_read(config: PretrainConfig) -> float | None:
         store = Store.open(prepare.store_folder(config.index, config.preprocessing, config.store))
     except DataError:
         return None
-    patients = dict.fromkeys(pretrain.patients_of(store))
-    pool = pretrain.pretraining_pool(
-        store, pretrain.draw_splits(config.splits, patients, config.seed)
+    patients = dict.fromkeys(pretraining.patients_of(store))
+    pool = pretraining.pretraining_pool(
+        store, pretraining.draw_splits(config.splits, patients, config.seed)
     )
-    keys = pretrain.scans_of(store, pool)
+    keys = pretraining.scans_of(store, pool)
     if not keys:
         return None
     task = PRETEXT_TASKS.build(config.pretext, config.sampling.spatial_dims)

@@ -12,8 +12,8 @@ import torch
 from medssl.errors import ConfigError
 from medssl.pipelines import prepare, study
 from medssl.pipelines.kinds import load_any
-from medssl.pipelines.pretrain import (
-    PretrainConfig,
+from medssl.pipelines.pretrain import PretrainConfig
+from medssl.pipelines.pretraining import (
     Pretraining,
     draw_splits,
     patients_of,

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from medssl.errors import DataError
 from medssl.models.build import build_backbone
 from medssl.pipelines.contract import image_contract
-from medssl.pipelines.pretrain import Pretraining, scans_of
+from medssl.pipelines.pretraining import Pretraining, scans_of
 from medssl.pipelines.preview import (
     PretextConfigFile,
     check_index,

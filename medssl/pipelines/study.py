@@ -21,7 +21,7 @@ from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.facts import data_digests, keep_dataset_facts
 from medssl.pipelines.labels import evaluation_params
 from medssl.pipelines.leakage import check_leakage
-from medssl.pipelines.pretrain import (
+from medssl.pipelines.pretraining import (
     Pretraining,
     PretrainSection,
     draw_splits,

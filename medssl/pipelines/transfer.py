@@ -37,7 +37,7 @@ from medssl.pipelines.facts import data_digests, data_facts
 from medssl.pipelines.labels import evaluation_params
 from medssl.pipelines.leakage import check_leakage
 from medssl.pipelines.prepare import MaskSource
-from medssl.pipelines.pretrain import draw_splits
+from medssl.pipelines.pretraining import draw_splits
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
 from medssl.pipelines.sections import EvaluationSection, SamplingConfig

@@ -20,7 +20,7 @@ from medssl.models.inits.foreign import Config as ForeignConfig
 from medssl.pipelines import study as studies_pipeline
 from medssl.pipelines.cells import Evaluation
 from medssl.pipelines.leakage import overlap_with_pretraining
-from medssl.pipelines.pretrain import Pretraining, PretrainSection, pretrain_backbone
+from medssl.pipelines.pretraining import Pretraining, PretrainSection, pretrain_backbone
 from medssl.pipelines.study import StudyConfig
 from medssl.pipelines.transfer import (
     checkpoint_digests,

@@ -10,7 +10,7 @@ import pytest
 
 from medssl.config import validate_config
 from medssl.pipelines import index as indexing
-from medssl.pipelines import pretrain
+from medssl.pipelines import pretrain, pretraining
 from medssl.scans.building import IndexConfig
 from medssl.scans.splits import Splits
 from medssl.tracking.journal import read_journal
@@ -77,7 +77,7 @@ def test_no_pixel_of_a_patient_is_handed_to_tracking(run_folder):
 
 def test_one_of_several_pretrainings_has_a_profile_of_its_own(tmp_path: Path):
     places = {
-        label: pretrain.profile_folder(tmp_path / "checkpoints" / label, label)
+        label: pretraining.profile_folder(tmp_path / "checkpoints" / label, label)
         for label in ("backbone", "rotation")
     }
     assert places == {

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from medssl.errors import DataError
 from medssl.models.heads import PooledHead
 from medssl.pipelines import shortcuts
-from medssl.pipelines.pretrain import PretrainConfig, Pretraining, PretrainSection
+from medssl.pipelines.pretrain import PretrainConfig
+from medssl.pipelines.pretraining import Pretraining, PretrainSection
 from medssl.pipelines.sections import SamplingConfig
 from medssl.pipelines.shortcuts import Audit, audit_task, facts_of
 from medssl.pretext.base import ClassificationTask, PretextBatch, PretextConfig, PretextTask
