@@ -16,6 +16,10 @@ INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SCHEMAS := configs/schema
 
+# Where it is set, nothing that is compiled would be kept, and every process would compile PyTorch,
+# MONAI and MLflow anew: 24 s instead of 10 s for the shortest command.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test test-all check lint bench lock clean
 
 help: ## List the targets

@@ -261,6 +261,7 @@ def test_tables_of_labels_that_do_not_fit(
     check(command("study", config(tasks=[labels_task(tmp_path / "labels.csv")])), code, text)
 
 
+@pytest.mark.slow
 def test_a_study_whose_labels_were_mended_starts_with_the_same_command(
     command: Command, archive: Path, config: Callable[..., Path], tmp_path: Path
 ):

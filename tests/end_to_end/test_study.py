@@ -109,6 +109,7 @@ def test_planted_identities_are_found_nowhere(study: Study):
             assert not re.search(rb"\b(DOE|JANE)\b", text), path.name
 
 
+@pytest.mark.slow
 def test_a_second_start_changes_nothing_and_computes_nothing(study: Study):
     before = {path: path.stat().st_mtime_ns for path in (study.run / "cells").iterdir()}
     results = (study.run / "results.csv").read_bytes()

@@ -130,6 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder, config, folder / "alone")
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes_and_one_of_them_speaks(place: Place):
     code, out, err = place.run("--out", "two")
     assert code == 0, err

@@ -155,6 +155,7 @@ def run_by_monai(folder: Path, images: Path) -> dict[str, npt.NDArray[Any]]:
         return dict(arrays)
 
 
+@pytest.mark.slow
 def test_monai_runs_the_bundle_without_medssl(tmp_path: Path, volumes: Subject) -> None:
     Bundle().write(volumes, tmp_path)
     file = write_nifti(tmp_path / "images" / "scan.nii.gz", head(), oblique())
