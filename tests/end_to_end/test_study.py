@@ -149,8 +149,6 @@ def start(study: Study, place: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "medssl", "study", str(study.config), "--out", "runs/tiny"],
         cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A shell starts what runs in its background, these tests perhaps, with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
 
 
