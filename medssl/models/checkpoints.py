@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +34,49 @@ from medssl.models.contracts import (
     lineage,
     migrated,
 )
+from medssl.models.decoders import UNetDecoder
 from medssl.tracking import registry
 
 __all__ = [
-    "CONTRACT_FILE", "CONTRACT_VERSION", "MIGRATIONS", "RELATIVE_TOLERANCE", "RUN_SUBFOLDER",
-    "WEIGHTS_FILE", "Contract", "backbone_config", "check_agreement", "check_contract",
-    "checkpoint_name", "find_checkpoint", "history_of", "lineage", "load_backbone",
-    "load_contract", "read_weights", "save_checkpoint",
+    "CONTRACT_FILE", "CONTRACT_VERSION", "DECODER_FILE", "MIGRATIONS", "RELATIVE_TOLERANCE",
+    "RUN_SUBFOLDER", "WEIGHTS_FILE", "Contract", "backbone_config", "check_agreement",
+    "check_contract", "checkpoint_name", "find_checkpoint", "history_of", "lineage",
+    "load_backbone", "load_contract", "read_decoder", "read_weights", "save_checkpoint",
 ]  # fmt: skip
 
 WEIGHTS_FILE = "backbone.safetensors"
+DECODER_FILE = "decoder.safetensors"
 RUN_SUBFOLDER = Path("checkpoints") / "backbone"
 RELATIVE_TOLERANCE = 1e-6
 """Two numbers of a contract are equal when they differ by less than this share."""
 
 
-def save_checkpoint(folder: Path, backbone: Backbone, contract: Contract) -> Contract:
+def save_checkpoint(
+    folder: Path, backbone: Backbone, contract: Contract, decoder: UNetDecoder | None = None
+) -> Contract:
     """Write ``backbone.safetensors`` and ``contract.json``, each atomically.
 
+    Args:
+        decoder: the pretext task's own, kept beside the backbone as ``decoder.safetensors``
+            without its last layer.
+
     Returns:
-        The contract as written, with the hash of the weights.
+        The contract as written, with the hashes of the weights.
     """
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
-    }
-    content = dump_safetensors(state)
-    written = contract.model_copy(update={"weights_sha256": hashlib.sha256(content).hexdigest()})
+    content = _dumped(backbone.state_dict())
+    update = {"weights_sha256": hashlib.sha256(content).hexdigest()}
     atomic_write(folder / WEIGHTS_FILE, content)
+    if decoder is not None:
+        content = _dumped(decoder.inner_state())
+        update["decoder_sha256"] = hashlib.sha256(content).hexdigest()
+        atomic_write(folder / DECODER_FILE, content)
+    written = contract.model_copy(update=update)
     atomic_write(folder / CONTRACT_FILE, written.model_dump_json(indent=2) + "\n")
     return written
+
+
+def _dumped(state: Mapping[str, Tensor]) -> bytes:
+    return dump_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
 
 
 def load_contract(path: Path) -> Contract:
@@ -169,20 +184,46 @@ def read_weights(path: Path, contract: Contract) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, cut short, damaged, or not safetensors.
     """
-    name = checkpoint_name(path)
     content = (find_checkpoint(path) / WEIGHTS_FILE).read_bytes()
+    return _parsed(content, contract.weights_sha256, WEIGHTS_FILE, checkpoint_name(path))
+
+
+def read_decoder(path: Path, contract: Contract) -> dict[str, Tensor]:
+    """Read the tensors of the pretext task's decoder, checked against the hash in its contract.
+
+    Raises:
+        WeightsError: the pretext task has none, or its file is missing, cut short or damaged.
+    """
+    name = checkpoint_name(path)
+    file = find_checkpoint(path) / DECODER_FILE
+    if contract.decoder_sha256 is None:
+        raise WeightsError(
+            f"checkpoint {name!r} holds no decoder ({lineage(contract)}): its pretext task has "
+            "none, or it was written by an older medssl. Leave decoder out, or pretrain with a "
+            "task that draws images, like inpainting."
+        )
+    if not file.is_file():
+        raise WeightsError(
+            f"{CONTRACT_FILE} of checkpoint {name!r} names a decoder, and there is no "
+            f"{DECODER_FILE} beside it. Copy that file too, or leave decoder out."
+        )
+    return _parsed(file.read_bytes(), contract.decoder_sha256, DECODER_FILE, name)
+
+
+def _parsed(content: bytes, sha256: str | None, file: str, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file's content; refuse it where they are not what was written."""
     try:
         state: dict[str, Tensor] = parse_safetensors(content)
     except (SafetensorError, ValueError, KeyError):
         raise WeightsError(
-            f"{WEIGHTS_FILE} of checkpoint {name!r} cannot be read: it is cut short, damaged, "
+            f"{file} of checkpoint {name!r} cannot be read: it is cut short, damaged, "
             "or not a safetensors file. Copy or export it again."
         ) from None
     digest = hashlib.sha256(content).hexdigest()
-    if digest != contract.weights_sha256:
+    if digest != sha256:
         raise WeightsError(
-            f"{WEIGHTS_FILE} of checkpoint {name!r} has sha256 {digest[:12]}, its contract "
-            f"says {str(contract.weights_sha256)[:12]}. The two files do not belong together: "
+            f"{file} of checkpoint {name!r} has sha256 {digest[:12]}, its contract "
+            f"says {str(sha256)[:12]}. The two files do not belong together: "
             "copy both again, or resume the run that writes them."
         )
     return state

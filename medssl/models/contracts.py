@@ -15,7 +15,7 @@ from medssl.config import Config
 from medssl.errors import WeightsError
 from medssl.models.origin import beginning, taken_to_3d
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 CONTRACT_FILE = "contract.json"
 MOST_CHANNELS = 1024
 """A contract that states more is damaged, and would ask for more memory than there is."""
@@ -58,9 +58,11 @@ class Contract(Config):
         package_versions: see `medssl.provenance.package_versions`.
         git_commit: see `medssl.provenance.git_commit`.
         weights_sha256: hash of the weight file; filled in by `save_checkpoint`.
+        decoder_sha256: hash of the file of the pretext task's decoder, likewise; None: the task
+            has no decoder, or an older medssl did not keep it.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     spacing_mm: tuple[float, float, float] | None
     orientation: str
     axis_order: Literal["CXY", "CXYZ"]
@@ -85,6 +87,7 @@ class Contract(Config):
     package_versions: dict[str, str]
     git_commit: str | None = None
     weights_sha256: str | None = None
+    decoder_sha256: str | None = None
 
     @field_validator("spacing_mm")
     @classmethod
@@ -162,7 +165,12 @@ def _from_1(content: _Content) -> _Content:
     return {"blank": [], "history": [], **unknown, **content, "version": 2}
 
 
-MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1}
+def _from_2(content: _Content) -> _Content:
+    """Version 3 states the hash of the pretext task's decoder, which was not kept before."""
+    return {"decoder_sha256": None, **content, "version": 3}
+
+
+MIGRATIONS: dict[int, Callable[[_Content], _Content]] = {1: _from_1, 2: _from_2}
 """By the version that each step starts from. A file on disk is never rewritten."""
 
 

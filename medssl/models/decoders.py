@@ -64,6 +64,10 @@ class UNetDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.out = UnetOutBlock(dims, below, out_channels)
 
+    def inner_state(self) -> dict[str, Tensor]:
+        """Return the weights of all layers but the last, which belongs to what is drawn."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("out.")}
+
     def forward(self, features: list[Tensor], size: tuple[int, ...]) -> Tensor:
         """Return (B, out_channels, *size).
 
@@ -79,6 +83,11 @@ class UNetDecoder(nn.Module):
             else:
                 x = block(torch.cat([_enlarge(x, tuple(skip.shape[2:])), skip], dim=1))
         return cast("Tensor", self.out(x))
+
+
+def decoder_in(head: nn.Module) -> UNetDecoder | None:
+    """Return the decoder that a task's head is or holds: the first, or None where there is none."""
+    return next((part for part in head.modules() if isinstance(part, UNetDecoder)), None)
 
 
 def _enlarge(x: Tensor, size: tuple[int, ...]) -> Tensor:

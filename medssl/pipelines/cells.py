@@ -28,6 +28,7 @@ from medssl.evaluation.protocols import PROTOCOLS
 from medssl.evaluation.protocols.base import Cell, Setting
 from medssl.models.backbones.base import Backbone
 from medssl.models.build import build_backbone
+from medssl.models.inits import INITS
 from medssl.models.inits.base import LoadReport
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.labels import init_tags
@@ -101,6 +102,7 @@ class Evaluation:
             seeded_init=self._is_seeded(init),
             feature_scans=self.feature_scans(task),
             feature_folder=feature_folder,
+            apply_decoder=INITS.build(self.inits[init], {}).apply_decoder,
         )
 
     def feature_scans(self, task: str) -> list[str]:

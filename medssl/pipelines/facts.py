@@ -48,6 +48,7 @@ def data_facts(
         "num_patients": int(accepted["patient_key"].nunique()),
         "splits": {
             "train": len(splits.train), "val": len(splits.val), "test": len(splits.test),
+            "unused": len(splits.unused),
         },
         "rejected": {str(k): int(v) for k, v in rejected["reason"].value_counts().items()},
         "modalities": {str(k): int(v) for k, v in accepted["modality"].value_counts().items()},

@@ -90,7 +90,7 @@ def scans_in_pool(config: PretrainConfig) -> int:
     table = Index.open(config.index).select(config.select).accepted
     patients = table["patient_key"].astype(str)
     splits = pretraining.draw_splits(config.splits, dict.fromkeys(patients.unique()), config.seed)
-    return int((~patients.isin([*splits.val, *splits.test])).sum())
+    return int((~patients.isin(splits.held_out)).sum())
 
 
 def seconds_to_read(config: PretrainConfig) -> float | None:

@@ -19,8 +19,8 @@ from medssl.pipelines.pretraining import (
     draw_splits,
     earlier_contract,
     patients_of,
+    pool_of,
     pretrain_backbone,
-    pretraining_pool,
 )
 from medssl.pipelines.progress import Progress, silent
 from medssl.pipelines.run_folder import RunFolder, check_same_config, command_line
@@ -136,7 +136,7 @@ def _lead(
             earlier = earlier_contract(config.init)
             facts = data_facts(
                 index, store, splits,
-                pretraining_pool=pretraining_pool(store, splits),
+                pretraining_pool=pool_of(job, store, splits),
                 leakage=Leakage(len({*splits.test} & {*(earlier.patients if earlier else ())})),
             )  # fmt: skip
             folder.write_json("data.json", facts)

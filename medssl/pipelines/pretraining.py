@@ -22,6 +22,7 @@ from medssl.models.checkpoints import (
     load_contract,
     save_checkpoint,
 )
+from medssl.models.decoders import decoder_in
 from medssl.models.inits.base import init_provenance
 from medssl.pipelines.contract import image_contract
 from medssl.pipelines.labels import init_tags
@@ -31,7 +32,7 @@ from medssl.pipelines.sections import SamplingConfig, SplitConfig
 from medssl.pretext import PRETEXT_TASKS
 from medssl.pretext.base import PretextTask
 from medssl.provenance import git_commit, package_versions
-from medssl.randomness import derive_seed
+from medssl.randomness import derive_seed, numpy_generator
 from medssl.reports.panels import save_panels
 from medssl.scans.index import Index
 from medssl.scans.splits import Splits, make_splits
@@ -62,12 +63,15 @@ class PretrainSection(Config):
         augmentation: what is varied before the puzzle is made.
         validation_batches: fixed batches of puzzles, from validation patients.
         sampling: crops to pretrain on, where a study pretrains on others than it fine-tunes on.
+        pool_fraction: share of the pool's patients to pretrain on; for one seed of the study the
+            smaller choices lie inside the larger ones.
     """
 
     training: TrainingConfig
     sampling: SamplingConfig | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
     validation_batches: int = Field(default=4, gt=0)
+    pool_fraction: float = Field(default=1.0, gt=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,29 @@ def patients_of(store: Store) -> list[str]:
 def draw_splits(config: SplitConfig, patients: dict[str, Any], seed: int) -> Splits:
     """Return the splits of a config: read from its file, or drawn."""
     if config.file is not None:
-        return Splits.read(config.file)
-    return make_splits(
-        patients, val_fraction=config.val_fraction, test_fraction=config.test_fraction, seed=seed
-    )
+        splits = Splits.read(config.file)
+    else:
+        splits = make_splits(
+            patients,
+            val_fraction=config.val_fraction,
+            test_fraction=config.test_fraction,
+            seed=seed,
+        )
+    return splits.for_choices(patients) if config.evaluate_on == "validation" else splits
 
 
 def pretraining_pool(store: Store, splits: Splits) -> list[str]:
-    """Return the patients to pretrain on: all but those of validation and test."""
-    held_out = {*splits.val, *splits.test}
+    """Return the patients to pretrain on: all but those that the splits hold out."""
+    held_out = splits.held_out
     return [patient for patient in patients_of(store) if patient not in held_out]
+
+
+def pool_of(job: Pretraining, store: Store, splits: Splits) -> list[str]:
+    """Return the patients that one backbone is pretrained on: its share of the pool, sorted."""
+    pool = pretraining_pool(store, splits)
+    num_patients = max(1, round(job.section.pool_fraction * len(pool)))
+    order = numpy_generator(job.seed, "pool").permutation(len(pool))
+    return sorted(pool[index] for index in order[:num_patients])
 
 
 def pretrain_backbone(
@@ -163,7 +180,7 @@ def pretrain_backbone(
     network = build_network(backbone, task, derive_seed(job.seed, "head", job.label))
     state = start_state(network, training, job.device, job.ranks)
     state.resume(folder, job.device)
-    pool = pretraining_pool(store, splits)
+    pool = pool_of(job, store, splits)
     validation = CropSampler(store, scans_of(store, splits.val), request, job.seed, "validation")
     puzzles = ValidationPuzzles(
         task, validation, job.section.validation_batches, training, job.seed, job.device
@@ -204,7 +221,10 @@ def pretrain_backbone(
     init = init_provenance(job.init, report)
     write_hashes(folder, store, scans_of(store, pool), job.init)
     save_checkpoint(
-        folder, result.backbone, _contract(job, task, backbone, request, index, store, pool, init)
+        folder,
+        result.backbone,
+        _contract(job, task, backbone, request, index, store, pool, init),
+        decoder_in(result.head),
     )
     discard_states(folder)
 

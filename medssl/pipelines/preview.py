@@ -17,7 +17,7 @@ from medssl.pipelines.pretraining import (
     Pretraining,
     draw_splits,
     patients_of,
-    pretraining_pool,
+    pool_of,
     scans_of,
 )
 from medssl.pipelines.progress import Progress, silent
@@ -193,7 +193,7 @@ def pool_sampler(job: Pretraining, store: Store, splits: Splits) -> CropSampler:
     Raises:
         DataError: the pool holds no scan, or one that cannot answer the task's request.
     """
-    scans = scans_of(store, pretraining_pool(store, splits))
+    scans = scans_of(store, pool_of(job, store, splits))
     seed = derive_seed(job.seed, "pretrain", job.label)
     request = job.task().request(job.sampling.request())
     return CropSampler(store, scans, request, seed, "pretrain")

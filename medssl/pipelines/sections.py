@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -61,11 +61,15 @@ class SplitConfig(Config):
         val_fraction: share of patients that choices (layer, strength, step) are made on.
         test_fraction: share of patients that are looked at once.
         file: a splits file to use instead, from another run's ``splits.json``.
+        evaluate_on: ``validation`` while a recipe is being chosen: results are those of the
+            validation patients, part of the training patients validates in their place, and the
+            test patients take no part, not even in pretraining. ``test`` for the result.
     """
 
     val_fraction: float = Field(default=0.2, gt=0, lt=1)
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
     file: Path | None = None
+    evaluate_on: Literal["validation", "test"] = "test"
 
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> SplitConfig:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from medssl.config import ComponentConfig, Config, Label, component
 from medssl.downstream.base import DownstreamTask
+from medssl.errors import ConfigError
 from medssl.models.backbones import BACKBONES
 from medssl.models.inits import INITS
 from medssl.models.inits.checkpoint import Config as CheckpointConfig
@@ -63,11 +64,14 @@ class StudyInit(Config):
         pretext: pretrain on the study's own scans with this task first; the result is the init.
             Starting from ``imagenet`` this is continual pretraining.
         pretrain: replaces the study's own ``pretrain`` section for this init.
+        decoder: fine-tuning on voxel tasks starts from the pretext task's decoder too, where it
+            draws images (inpainting, colorization, or multi with one of them).
     """
 
     init: Annotated[ComponentConfig, component(INITS)] = ComponentConfig(name="random")
     pretext: Annotated[ComponentConfig, component(PRETEXT_TASKS)] | None = None
     pretrain: PretrainSection | None = None
+    decoder: bool = False
 
 
 class StudyConfig(EvaluationSection):
@@ -302,7 +306,13 @@ def _check_pretext(config: StudyConfig, label: str) -> None:
     pretext = config.inits[label].pretext
     if pretext is not None:
         crops = config.crops_of(config.inits[label])
-        PRETEXT_TASKS.build(pretext, crops.spatial_dims).request(crops.request())
+        task = PRETEXT_TASKS.build(pretext, crops.spatial_dims)
+        task.request(crops.request())
+    if config.inits[label].decoder and (pretext is None or not task.draws):
+        raise ConfigError(
+            f"inits.{label}.decoder: {pretext.name if pretext else 'an init without a pretext'} "
+            "leaves no decoder behind. Leave decoder out, or pretrain with inpainting."
+        )
 
 
 def _init_of(
@@ -326,7 +336,7 @@ def _init_of(
         picture = out / "figures" / f"pretext_{label}.png" if config.include_images else None
         pretrain_backbone(job, index, store, splits, checkpoint, handle, progress, picture)
         handle.artifact(checkpoint)
-    return CheckpointConfig(path=checkpoint)
+    return CheckpointConfig(path=checkpoint, decoder=config.inits[label].decoder)
 
 
 def _pretrained_digests(

@@ -76,6 +76,7 @@ class PretextTask(ABC):
     Attributes:
         supported_dims: numbers of spatial dimensions the task exists in.
         min_sequences: fewest co-registered sequences of a scan that it can work with.
+        draws: whether its head is a decoder, which draws images: voxel tasks may start from it.
         primary_metric: the metric by which people judge the task.
         higher_is_better: its direction.
         chance_level: the primary metric of a network that knows nothing; ``None`` where the task
@@ -89,6 +90,7 @@ class PretextTask(ABC):
 
     supported_dims: ClassVar[tuple[int, ...]] = (2, 3)
     min_sequences: ClassVar[int] = 1
+    draws: bool = False
     primary_metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     trivial_metric: ClassVar[str | None] = None

@@ -81,6 +81,7 @@ class Colorization(PretextTask):
     """
 
     min_sequences = 2
+    draws = True
     primary_metric = "masked_l1"
     higher_is_better = False
     trivial_metric = "mean_fill_l1"

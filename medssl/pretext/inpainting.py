@@ -115,6 +115,7 @@ class Inpainting(PretextTask):
     computed in validation alone.
     """
 
+    draws = True
     primary_metric = "masked_l1"
     higher_is_better = False
     trivial_metric = "mean_fill_l1"

@@ -117,6 +117,7 @@ class MultiTask(PretextTask):
         self.tasks: dict[str, PretextTask] = {
             member.name: PRETEXT_TASKS.build(member, spatial_dims) for member in config.tasks
         }
+        self.draws = any(task.draws for task in self.tasks.values())
         self.chance_level = 1.0
         self.healthy_range = (0.0, 0.9)
         self._requests: dict[str, SampleRequest] = {}

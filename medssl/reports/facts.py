@@ -28,6 +28,13 @@ Rows = list[tuple[str, str]]
 def warnings_of(contents: Contents) -> list[str]:
     """Return what a reader must know before the verdict."""
     found = leaks_of(contents)
+    unused = int((contents.data.get("splits") or {}).get("unused") or 0)
+    if unused:
+        found.append(
+            "These are results of validation patients, to choose a recipe by, and no evidence: "
+            f"{unused} test patients took no part. Run the chosen recipe once with "
+            "splits.evaluate_on=test."
+        )
     stopped = [run.name for run in contents.pretraining if run.status not in ("FINISHED", "")]
     if stopped:
         found.append(f"Pretraining did not run to its end: {', '.join(stopped)}.")

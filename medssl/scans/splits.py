@@ -23,15 +23,17 @@ class Splits:
     Attributes:
         seed: what the split was drawn with.
         train, val, test: patient keys, sorted; no key is in two of them.
+        unused: patients that take no part at all, neither in pretraining nor in evaluation.
     """
 
     seed: int
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        sides = {"train": self.train, "val": self.val, "test": self.test}
+        sides = {"train": self.train, "val": self.val, "test": self.test, "unused": self.unused}
         seen: dict[str, str] = {}
         for side, patients in sides.items():
             for patient in patients:
@@ -81,13 +83,52 @@ class Splits:
         return tuple(sorted(_interleave(groups, seed, "labelled")[:num_patients]))
 
     @property
+    def held_out(self) -> frozenset[str]:
+        """The patients that no backbone is pretrained on: all but those of training."""
+        return frozenset({*self.val, *self.test, *self.unused})
+
+    def for_choices(self, strata: Mapping[str, Hashable] | None = None) -> Splits:
+        """Return splits under which a recipe can be chosen without a look at the test patients.
+
+        The validation patients are evaluated on, part of the training patients validate in their
+        place (as large a part as before), and the test patients take no part.
+
+        Args:
+            strata: class of each patient, which the new validation side follows.
+
+        Raises:
+            ConfigError: too few training patients are left to take validation patients from.
+        """
+        groups = _by_stratum(self.train, strata or {})
+        share = len(self.val) / (len(self.val) + len(self.train))
+        num_val = max(1, round(share * len(self.train)))
+        if num_val >= len(self.train):
+            raise ConfigError(
+                f"{len(self.train)} training patients are too few to take validation patients "
+                "from. Evaluate on test, or give training more patients."
+            )
+        order = _interleave(groups, self.seed, "choices")
+        return Splits(
+            seed=self.seed,
+            train=tuple(sorted(order[num_val:])),
+            val=tuple(sorted(order[:num_val])),
+            test=self.val,
+            unused=tuple(sorted((*self.test, *self.unused))),
+        )
+
+    @property
     def digest(self) -> str:
         """The sha256 of who is on which side."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Write the splits as JSON, atomically."""
-        atomic_write(path, json.dumps(asdict(self), indent=1) + "\n")
+        atomic_write(path, json.dumps(self._content(), indent=1) + "\n")
+
+    def _content(self) -> dict[str, object]:
+        """Return what is written: without a side that came later, where nobody is on it."""
+        content = asdict(self)
+        return content if self.unused else {k: v for k, v in content.items() if k != "unused"}
 
     @classmethod
     def read(cls, path: Path) -> Splits:
@@ -100,6 +141,7 @@ class Splits:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             sides = {side: tuple(map(str, content[side])) for side in ("train", "val", "test")}
+            sides["unused"] = tuple(map(str, content.get("unused", ())))
             seed = int(content["seed"])
         except FileNotFoundError:
             raise DataError(

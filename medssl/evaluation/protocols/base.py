@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from medssl.config import ComponentConfig
 from medssl.downstream.base import DownstreamTask
@@ -27,6 +28,7 @@ from medssl.evaluation.features import (
 )
 from medssl.evaluation.metrics import METRICS, Array
 from medssl.models.backbones.base import Backbone
+from medssl.models.decoders import UNetDecoder, decoder_in
 from medssl.models.inits.base import LoadReport
 from medssl.scans.splits import Splits
 from medssl.scans.store import Store
@@ -129,6 +131,8 @@ class Setting:
         feature_scans: the scans whose features are computed: those that any task needs which can
             share them.
         feature_folder: where features are kept; None: in memory alone.
+        apply_decoder: starts a voxel task's decoder from the init's, where it brings one; returns
+            what was loaded, in words.
         report: what was loaded into the backbone last made, or into the one that made the
             features last asked for.
     """
@@ -144,6 +148,7 @@ class Setting:
     seeded_init: bool
     feature_scans: Sequence[str]
     feature_folder: Path | None = None
+    apply_decoder: Callable[[UNetDecoder], str] = lambda _: ""
     report: dict[str, Any] = field(default_factory=dict)
     report_text: str = ""
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -153,6 +158,14 @@ class Setting:
         backbone, report = self.make_backbone(seed)
         self.report, self.report_text = report.to_dict(), str(report)
         return backbone
+
+    def start_decoder(self, head: nn.Module) -> None:
+        """Start the decoder of a fresh head from the init's, if both have one; note it."""
+        decoder = decoder_in(head)
+        loaded = self.apply_decoder(decoder) if decoder is not None else ""
+        if loaded:
+            self.report["decoder"] = loaded
+            self.report_text += f"; {loaded}"
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what cells have in common: made by the first that asks for it."""

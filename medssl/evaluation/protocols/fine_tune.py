@@ -148,9 +148,13 @@ class FineTune(Protocol):
     def _start(
         self, cell: Cell, setting: Setting, task: DownstreamTask, recipe: TrainingConfig
     ) -> TrainingState:
-        """Return the init's backbone with the cell's head, the same one for every init."""
+        """Return the init's backbone with the cell's head, the same one for every init.
+
+        But for the decoder of an init that brings its own.
+        """
         backbone = setting.new_backbone(cell.seed)
         network = build_network(backbone, task, derive_seed(setting.seed, "head", cell.seed))
+        setting.start_decoder(network.head)
         return start_state(network, recipe, setting.device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from medssl.config import ComponentConfig
 from medssl.errors import WeightsError
 from medssl.models.backbones.base import Backbone
+from medssl.models.decoders import UNetDecoder
 
 _SHOWN = 4
 """Tensors named in a message before the rest is only counted."""
@@ -87,6 +88,17 @@ class Init(ABC):
             MachineError: a file is not on this machine.
         """
 
+    def apply_decoder(self, decoder: UNetDecoder) -> str:
+        """Set the weights of a voxel task's decoder in place, but for its last layer.
+
+        Returns:
+            What was loaded, in words; empty where the init brings no decoder.
+
+        Raises:
+            WeightsError: the weights do not fit the decoder exactly.
+        """
+        return ""
+
 
 def init_provenance(config: ComponentConfig, report: LoadReport) -> dict[str, Any]:
     """Return an init's configuration without paths, plus what was loaded, for a contract."""
@@ -102,23 +114,39 @@ def load_strict(backbone: Backbone, state: Mapping[str, Tensor], source: str) ->
             that is not finite. Nothing has been changed then.
     """
     wanted = backbone.state_dict()
+    check_tensors(wanted, state, f"backbone {backbone.describe()}", source)
+    backbone.load_state_dict(dict(state), strict=True)
+    return len(wanted)
+
+
+def check_tensors(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], whose: str, source: str
+) -> None:
+    """Refuse tensors that are not exactly those of a network: by name, shape, type and value.
+
+    Args:
+        wanted: the network's own.
+        state: what is to be loaded.
+        whose: what the network is called in messages.
+        source: what the tensors' file is called in messages.
+
+    Raises:
+        WeightsError: see `load_strict`.
+    """
     missing = [name for name in wanted if name not in state]
     if missing:
         raise WeightsError(
-            f"{source}: {len(missing)} of the {len(wanted)} tensors of backbone "
-            f"{backbone.describe()} are missing: {name_some(missing)}. "
-            "Choose the backbone the weights were made with."
+            f"{source}: {len(missing)} of the {len(wanted)} tensors of {whose} are missing: "
+            f"{name_some(missing)}. Choose the backbone the weights were made with."
         )
     extra = [name for name in state if name not in wanted]
     if extra:
         raise WeightsError(
-            f"{source}: holds {len(extra)} tensors that backbone {backbone.describe()} does not "
-            f"have: {name_some(extra)}. Choose the backbone the weights were made with."
+            f"{source}: holds {len(extra)} tensors that {whose} does not have: "
+            f"{name_some(extra)}. Choose the backbone the weights were made with."
         )
     for name, tensor in wanted.items():
         _check_tensor(name, state[name], tensor, source)
-    backbone.load_state_dict(dict(state), strict=True)
-    return len(wanted)
 
 
 def _check_tensor(name: str, found: Tensor, wanted: Tensor, source: str) -> None:

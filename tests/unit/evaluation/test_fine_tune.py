@@ -14,6 +14,7 @@ from torch import Tensor
 from medssl.evaluation.protocols import fine_tune
 from medssl.evaluation.protocols.base import Cell, Setting
 from medssl.evaluation.protocols.fine_tune import Config, FineTune, predict
+from medssl.models.decoders import UNetDecoder
 from medssl.pipelines.cells import Evaluation
 from medssl.training.settings import TrainingConfig
 from training import tiny_backbone
@@ -91,6 +92,30 @@ def test_every_init_gets_the_same_head_batches_and_recipe(
         assert torch.equal(ours.images, theirs.images)
         assert ours.scan_keys == theirs.scan_keys
     assert first.recipe == second.recipe
+
+
+def test_the_head_starts_from_the_decoder_that_an_init_brings(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    def drawn(decoder: UNetDecoder) -> str:
+        for tensor in decoder.inner_state().values():
+            tensor.fill_(0.25)
+        return "decoder loaded"
+
+    recorder = Recorder()
+    monkeypatch.setattr(fine_tune, "train", recorder)
+    for task in TASKS:
+        setting = evaluation.setting(task, "random")
+        setting.apply_decoder = drawn
+        protocol().run(cell_of(evaluation, task), setting, silent)
+        quarter = {k for k, v in recorder.head.items() if bool((v == 0.25).all())}
+        if task == "segmentation":
+            assert {k for k in recorder.head if not k.startswith("out.")} == quarter
+            assert setting.report["decoder"] == "decoder loaded"
+            assert setting.report_text.endswith("; decoder loaded")
+        else:
+            assert not quarter
+            assert "decoder" not in setting.report
 
 
 def test_another_seed_gives_another_head_and_other_batches(

@@ -271,7 +271,7 @@ def test_a_contract_of_a_later_version_is_refused(checkpoint):
     edit_contract(checkpoint, version=CONTRACT_VERSION + 1)
     with pytest.raises(
         WeightsError,
-        match=r"contract of version 3, this medssl reads versions 1 to 2\. Install a newer medssl",
+        match=r"contract of version 4, this medssl reads versions 1 to 3\. Install a newer medssl",
     ):
         load_contract(checkpoint)
 
@@ -330,6 +330,11 @@ def test_a_contract_of_version_2_tells_the_whole_way(tmp_path):
     found = stored("version_2", tmp_path / "now")
     assert lineage(found) == "imagenet → rotation → jigsaw"
     assert [stage["weights_sha256"][0] for stage in history_of(found)] == ["e", "d"]
+
+
+def test_a_contract_of_version_3_names_the_decoder_that_earlier_ones_lack(tmp_path):
+    assert stored("version_3", tmp_path / "now").decoder_sha256 == "f" * 64
+    assert stored("version_2", tmp_path / "before").decoder_sha256 is None
 
 
 @pytest.mark.parametrize(
@@ -458,7 +463,7 @@ STAGE = {"init": {"name": "random"}, "pretext": None, "steps": 1, "seed": 0, "in
 )
 def test_a_contract_that_states_what_cannot_be_names_the_field(checkpoint, field, value):
     edit_contract(checkpoint, **{field: value})
-    with pytest.raises(WeightsError, match=rf"version 2; field\(s\) wrong: {field}"):
+    with pytest.raises(WeightsError, match=rf"version 3; field\(s\) wrong: {field}"):
         load_backbone(checkpoint)
 
 

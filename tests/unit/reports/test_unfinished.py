@@ -51,6 +51,16 @@ def test_tables_of_a_run_that_goes_on_are_announced(light_run: Path):
     assert any("has not come to its end" in line for line in said(light_run))
 
 
+def test_results_of_validation_patients_are_announced_as_such(light_run: Path):
+    assert not any("to choose a recipe by" in line for line in said(light_run))
+    file = light_run / "data.json"
+    data = json.loads(file.read_text()) if file.is_file() else {}
+    data["splits"] = {"train": 5, "val": 2, "test": 2, "unused": 40}
+    file.write_text(json.dumps(data))
+    (line,) = [line for line in said(light_run) if "to choose a recipe by" in line]
+    assert "40 test patients took no part" in line
+
+
 @pytest.mark.parametrize(
     ("count", "words"),
     [

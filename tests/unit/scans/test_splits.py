@@ -115,3 +115,32 @@ def test_impossible_number_of_labelled_patients_is_refused(wish, text):
     splits = Splits(seed=0, train=tuple("abcd"), val=("e",), test=("f",))
     with pytest.raises(ConfigError, match=text):
         splits.labelled(seed=0, **wish)
+
+
+def test_a_recipe_is_chosen_without_the_test_patients():
+    patients = {f"p{n:03}": ("a", "b")[n % 3 == 0] for n in range(100)}
+    splits = make_splits(patients, val_fraction=0.2, test_fraction=0.3, seed=4)
+    found = splits.for_choices(patients)
+    assert found.test == splits.val
+    assert found.unused == splits.test
+    assert {*found.train, *found.val} == {*splits.train}
+    assert len(found.val) == round(len(splits.train) * len(splits.val) / 70)
+    assert {patients[key] for key in found.val} == {"a", "b"}
+    assert found.held_out == {*found.val, *splits.val, *splits.test}
+    assert found.for_choices(patients) != found
+    assert found == splits.for_choices(patients)
+
+
+def test_splits_with_unused_patients_read_back_equal_and_others_are_written_as_before(tmp_path):
+    splits = make_splits(list("abcdefgh"), val_fraction=0.2, test_fraction=0.2, seed=5)
+    splits.write(tmp_path / "splits.json")
+    assert "unused" not in (tmp_path / "splits.json").read_text()
+    chosen_on = splits.for_choices()
+    chosen_on.write(tmp_path / "splits.json")
+    assert Splits.read(tmp_path / "splits.json") == chosen_on
+    assert chosen_on.digest != splits.digest
+
+
+def test_one_training_patient_cannot_validate_too():
+    with pytest.raises(ConfigError, match="1 training patients are too few"):
+        Splits(seed=0, train=("a",), val=("b",), test=("c",)).for_choices()
