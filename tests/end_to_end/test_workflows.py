@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
+from medssl.scans.splits import Splits
 from studies import ROOT, environment, pretrain_settings, settings, write_archive, write_config
 
 WORKFLOWS = ROOT / "workflows"
@@ -77,6 +79,30 @@ def test_transfer_and_report(run: Any, place: Path):
     told = run("report", "runs/transfer", "runs/transfer", "--out", "runs/compared")
     assert "not worse" in told or "no difference shown" in told
     assert (place / "runs" / "compared" / "report.html").is_file()
+
+
+def test_search_looks_at_no_test_patient(run: Any, place: Path):
+    study = settings(place / "archive")
+    study |= {
+        "inits": {"random": {"init": "random"}, "other": {"init": "random"}},
+        "tasks": study["tasks"][1:],
+        "protocols": ["knn"],
+        "statistics": {"reference": "random"},
+    }
+    write_config(place / "study.yaml", study)
+    trials = {"few": {"protocols": [{"name": "knn", "max_slices": 1}]}, "as it is": {}}
+    content = {"study": "study.yaml", "out": "runs/search", "always": {"seed": 2}, "trials": trials}
+    write_config(place / "search.yaml", content)
+    assert "as it is" in run("search", "search.yaml")
+    table = pd.read_csv(place / "runs" / "search" / "search.csv")
+    assert set(table["trial"]) == set(trials)
+    few, as_it_is = (Splits.read(place / "runs" / "search" / n / "splits.json") for n in trials)
+    assert few == as_it_is
+    predictions = pd.read_parquet(place / "runs" / "search" / "few" / "predictions.parquet")
+    assert set(predictions["patient_key"]) == set(few.test)
+    assert not {*few.train, *few.val, *few.test} & {*few.unused}
+    assert few.seed == 2
+    assert few.unused
 
 
 def test_the_notebook(place: Path):
